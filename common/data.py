@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from common import pydoc_data
 from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error
-from common.loss import IGNORE
+from common.loss import IGNORE, count_targets
 
 if TYPE_CHECKING:
     import datasets
@@ -309,17 +309,32 @@ class StepSampler(Sampler):
             yield batch[self.rank :: self.world_size].tolist()
 
 
+class StepBatch(NamedTuple):
+    """What a rank works on in one optimizer step."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    targets: int  # tokens with a loss in these micro-batches
+    tokens: int  # tokens in them, padding not counted
+
+
 def step_loader(
     rows: TokenizedRows, cfg: BaseConfig, pad_id: int, rank: int, world_size: int, first_step: int = 0
 ) -> DataLoader:
-    """An item of this loader is one optimizer step of this rank: the list of its micro-batches.
+    """An item of this loader is one optimizer step of this rank, a `StepBatch`.
 
     `loader.batch_sampler` knows `steps_per_epoch` and `total_steps`.
     """
     micro = cfg.train.micro_batch_size
 
-    def micro_batches(step_rows: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        return [collate(step_rows[i : i + micro], pad_id) for i in range(0, len(step_rows), micro)]
+    def step_batch(step_rows: list[dict[str, torch.Tensor]]) -> StepBatch:
+        micro_batches = [collate(step_rows[i : i + micro], pad_id) for i in range(0, len(step_rows), micro)]
+        targets = sum(count_targets(batch["labels"]) for batch in micro_batches)
+        return StepBatch(micro_batches, targets, sum(len(row["input_ids"]) for row in step_rows))
 
-    sampler = StepSampler(rows, cfg, rank, world_size, first_step)
-    return DataLoader(rows, batch_sampler=sampler, collate_fn=micro_batches, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        rows,
+        batch_sampler=StepSampler(rows, cfg, rank, world_size, first_step),
+        collate_fn=step_batch,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: the loader then draws nothing from the run's random numbers
+    )
