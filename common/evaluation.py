@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -266,7 +267,9 @@ def _measure(
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     progress = "held-out loss" if accelerator.is_main_process else ""
     sums = accelerator.reduce(evaluate(CausalLMLoss(model), batches, device, dtype, progress))
-    measured = {"model": source.name, "rows": len(rows), **figures(sums, predicted_bytes(rows, tokenizer))}
+    # A folder is named from the run folder, since the record may be published and the disk it was on may not.
+    name = os.path.relpath(source.name, cfg.output_dir) if Path(source.name).is_dir() else source.name
+    measured = {"model": name, "rows": len(rows), **figures(sums, predicted_bytes(rows, tokenizer))}
 
     scored = cfg.eval.generate_rows if cfg.data.format != "text" else 0  # a text has no one right continuation
     wanted = min(max(scored, cfg.eval.samples), len(held_out))
@@ -314,7 +317,7 @@ def _samples_page(results: dict[str, Any]) -> str:
     for number, sample in enumerate(results["samples"], 1):
         lines += [f"## {number}", ""]
         for label, key in SAMPLE_PARTS:
-            text = "\n".join(textwrap.fill(line, 96) for line in sample[key].strip().splitlines())
+            text = "\n".join(textwrap.fill(line, 96) for line in sample[key].strip().splitlines()) or "(blank)"
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
             lines += [f"**{label}**", "", f"{fence}text", text, fence, ""]
     return "\n".join(lines)

@@ -238,7 +238,8 @@ def _labels(run_dirs: list[Path]) -> dict[str, Path]:
     """A short name for each run: its project, with its folder's name where a project has several runs here."""
     projects = [read_summary(p).get("project", p.name) for p in run_dirs]
     names = [p if projects.count(p) == 1 else f"{p}/{d.name}" for p, d in zip(projects, run_dirs, strict=True)]
-    return dict(zip(names, run_dirs, strict=True))
+    unique = len(set(names)) == len(names)
+    return dict(zip(names if unique else map(str, run_dirs), run_dirs, strict=True))
 
 
 def _look(number: int) -> dict[str, Any]:

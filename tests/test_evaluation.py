@@ -90,7 +90,7 @@ def test_little_is_padded_and_two_ranks_share_the_work():
         for rank in range(2)
     ]
     assert sum(work) < 1.1 * rows.lengths.sum()
-    assert max(work) < 1.1 * min(work)
+    assert max(work) < 1.04 * min(work)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -258,7 +258,7 @@ def project(tmp_path_factory) -> Path:
     folder.mkdir()
     shutil.copy(REPOSITORY / "pytorch-ddp" / "eval.py", folder)
     (folder / "train.py").write_text("from common.config import BaseConfig as Config\n")
-    (folder / "config.yaml").write_text("data: {eval_rows: 37}\neval: {batch_size: 4, generate_rows: 9, samples: 3}\n")
+    (folder / "config.yaml").write_text("data: {eval_rows: 37}\neval: {batch_size: 4, generate_rows: 9, samples: 9}\n")
     return folder
 
 
@@ -286,7 +286,7 @@ def test_one_and_two_processes_write_the_same_figures(project, tmp_path):
         outcomes[processes] = json.loads((run_dir / "eval.json").read_text())
     alone, together = outcomes[1], outcomes[2]
     assert (alone["environment"]["world_size"], together["environment"]["world_size"]) == (1, 2)
-    assert alone["samples"] == together["samples"] and len(alone["samples"]) == 3
+    assert alone["samples"] == together["samples"] and len(alone["samples"]) == 9
     for role in ("base", "fine_tuned"):
         for key in (
             "loss",
@@ -322,10 +322,15 @@ def test_one_and_two_processes_write_the_same_figures(project, tmp_path):
 def test_texts_have_samples_but_no_answer_scores(tmp_path, capsys):
     lively_model("llama").save_pretrained(tmp_path / "model")
     load_tokenizer(ModelConfig("tiny:llama"), seed=42).save_pretrained(tmp_path / "model")
-    cfg = BaseConfig(model=ModelConfig("tiny:llama"), data=data_config("text"), output_dir=str(tmp_path))
+    cfg = BaseConfig(model=ModelConfig("tiny:llama"), data=data_config("text"), output_dir=str(tmp_path), seed=1)
     cfg.eval.max_new_tokens = 8
     results = compare(cfg, project="pytorch-ddp")
     assert results == json.loads((tmp_path / "eval.json").read_text())
+    # The exported model, read back, has the losses of the one in memory: eval.json agrees with the training's summary.
+    _, rows, tokenizer = held_out("text", "llama")
+    total, targets, _ = sums_of(lively_model("llama"), held_out_batches(rows, 8, tokenizer.pad_token_id)).tolist()
+    assert (results["fine_tuned"]["loss"], results["fine_tuned"]["tokens"]) == (pytest.approx(total / targets), targets)
+    assert results["fine_tuned"]["model"] == "model" and results["base"]["model"] == "tiny:llama"
     assert "rouge_l" not in results["base"] and "ROUGE" not in capsys.readouterr().out
     assert len(results["samples"]) == 4 and all(sample["fine_tuned"].strip() for sample in results["samples"])
 

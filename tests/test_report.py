@@ -143,3 +143,7 @@ def test_runs_of_one_project_keep_their_own_names(tmp_path, capsys):
     report.print_comparison([write_run(tmp_path / name) for name in ("one", "two")])
     out = capsys.readouterr().out
     assert "pytorch-ddp/one" in out and "pytorch-ddp/two" in out
+    same_name = [write_run(tmp_path / machine / "config") for machine in ("here", "there")]
+    report.print_comparison(same_name)
+    out = capsys.readouterr().out
+    assert str(same_name[0]) in out and str(same_name[1]) in out
