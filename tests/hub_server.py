@@ -74,10 +74,6 @@ class Blob(NamedTuple):
         """The text that git stores in place of a file in large-file storage."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.is_lfs else self.git_oid
-
 
 @dataclass(frozen=True)
 class Request:
@@ -93,7 +89,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What an endpoint gives back: JSON content, or the path of a file to send."""
+    """What an endpoint gives back: the bytes of a file, or something to send as JSON."""
 
     content: object
     status: int = 200
@@ -207,7 +203,7 @@ class HubServer:
         self._private: set[Path] = set()
         self._commits: dict[Path, list[dict]] = {}
         self._blobs: dict[tuple, Blob] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._objects = self.root / ".lfs"
         self._objects.mkdir(parents=True, exist_ok=True)
         self._http = _HTTPServer(("127.0.0.1", port), _Handler)
@@ -256,11 +252,12 @@ class HubServer:
             for methods, pattern, access, endpoint in ROUTES:
                 if method in methods and (match := pattern.fullmatch(url.path)):
                     values = {name: value and unquote(value) for name, value in match.groupdict().items()}
-                    if access:
-                        kind = values.pop("kind") or "models"
-                        values["repo"] = self._open(kind, values.pop("repo_id"), user, access)
-                        self._check_revision(values["repo"], values.pop("revision", None))
-                    return endpoint(self, Request(user, parse_qs(url.query), body), **values)
+                    with self._lock:  # one request at a time sees and changes the folders
+                        if access:
+                            kind = values.pop("kind") or "models"
+                            values["repo"] = self._open(kind, values.pop("repo_id"), user, access)
+                            self._check_revision(values["repo"], values.pop("revision", None))
+                        return endpoint(self, Request(user, parse_qs(url.query), body), **values)
             raise HubError(404, "Sorry, we can't find the page you are looking for.")
         except HubError as error:
             return error.answer
@@ -324,7 +321,7 @@ class HubServer:
         return repo
 
     def _check_revision(self, repo: Repo, revision: str | None) -> None:
-        if revision not in (None, "main", "refs/heads/main") and revision != self._head(repo)["id"]:
+        if revision not in (None, "main") and revision != self._head(repo)["id"]:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def _blob(self, file: Path) -> Blob:
@@ -344,11 +341,10 @@ class HubServer:
 
     def _head(self, repo: Repo) -> dict:
         """The present commit. Files that a test put into the folder count as a commit, too."""
-        with self._lock:
-            commits = self._commits.get(repo.folder)
-            if not commits or commits[-1]["tree"] != self._tree(repo):
-                return self._record(repo, repo.owner, "Files placed in the folder")
-            return commits[-1]
+        commits = self._commits.get(repo.folder)
+        if not commits or commits[-1]["tree"] != self._tree(repo):
+            return self._record(repo, repo.owner, "Files placed in the folder")
+        return commits[-1]
 
     def _record(self, repo: Repo, author: str, title: str, message: str = "") -> dict:
         """Add a commit of the present content. Its id depends on those before it, so it is never an old one again."""
@@ -395,11 +391,10 @@ class HubServer:
         repo_id = f"{namespace}/{wanted['name']}"
         repo = Repo(f"{kind}s", repo_id, self.root / f"{kind}s" / repo_id)
         names = {"url": f"{self.url}/{repo.page}", "name": repo_id, "id": repo_id}
-        with self._lock:
-            if repo.folder.is_dir():
-                raise HubError(409, f"You already created this {kind} repo: {repo_id}", **names)
-            # huggingface_hub before 1.0 says "private", later ones say "visibility".
-            self._create(repo.kind, repo_id, bool(wanted.get("private")) or wanted.get("visibility") == "private")
+        if repo.folder.is_dir():
+            raise HubError(409, f"You already created this {kind} repo: {repo_id}", **names)
+        # huggingface_hub before 1.0 says "private", later ones say "visibility".
+        self._create(repo.kind, repo_id, bool(wanted.get("private")) or wanted.get("visibility") == "private")
         return Answer(names)
 
     @route("GET HEAD", f"/api/{REPO}(?:/revision/{REVISION})?", "look")
@@ -465,18 +460,15 @@ class HubServer:
     @route("GET HEAD", f"/{SITE}/resolve/{REVISION}/{PATH}", "read")
     def resolve(self, request: Request, repo: Repo, path: str) -> Answer:
         file = repo.file(path)
+        headers = {"X-Repo-Commit": self._head(repo)["id"], "Accept-Ranges": "bytes"}
         if not file.is_file():
-            error = HubError(404, "Entry not found", "EntryNotFound")
-            error.answer.headers["X-Repo-Commit"] = self._head(repo)[
-                "id"
-            ]  # lets clients remember that the file is missing
-            raise error
-        headers = {
-            "X-Repo-Commit": self._head(repo)["id"],
-            "ETag": f'"{self._blob(file).etag}"',
-            "Accept-Ranges": "bytes",
-        }
-        return Answer(file, headers=headers)
+            missing = HubError(404, "Entry not found", "EntryNotFound")
+            missing.answer.headers |= headers  # with the commit's id, clients remember that the file is missing
+            raise missing
+        blob = self._blob(file)
+        return Answer(
+            file.read_bytes(), headers=headers | {"ETag": f'"{blob.sha256 if blob.is_lfs else blob.git_oid}"'}
+        )
 
     @route("POST", f"/api/{REPO}/preupload/{REVISION}", "write")
     def preupload(self, request: Request, repo: Repo) -> Answer:
@@ -540,25 +532,24 @@ class HubServer:
     def commit(self, request: Request, repo: Repo) -> Answer:
         if "create_pr" in request.query:
             raise HubError(400, "This test server has no pull requests")
-        with self._lock:
-            title, message, changes = "", "", []
-            for line in request.body.splitlines():
-                operation, value = (item := json.loads(line))["key"], item["value"]
-                if operation == "header":
-                    title, message = value["summary"], value.get("description", "")
-                    if value.get("parentCommit") not in (None, self._head(repo)["id"]):
-                        raise HubError(412, "A commit has happened since. Please refresh and try again.")
-                else:
-                    changes.append((repo.file(value["path"]), self._new_content(repo, operation, value)))
-            # Only now, when the whole commit has proved to be valid, is anything written.
-            for file, content in changes:
-                if content is not None:
-                    _write(file, content)
-                elif file.is_dir():
-                    shutil.rmtree(file)
-                else:
-                    file.unlink(missing_ok=True)
-            sha = self._record(repo, request.user.name, title, message)["id"]
+        title, message, changes = "", "", []
+        for line in request.body.splitlines():
+            operation, value = (item := json.loads(line))["key"], item["value"]
+            if operation == "header":
+                title, message = value["summary"], value.get("description", "")
+                if value.get("parentCommit") not in (None, self._head(repo)["id"]):
+                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            else:
+                changes.append((repo.file(value["path"]), self._new_content(repo, operation, value)))
+        # Only now, when the whole commit has proved to be valid, is anything written.
+        for file, content in changes:
+            if content is not None:
+                _write(file, content)
+            elif file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+        sha = self._record(repo, request.user.name, title, message)["id"]
         url = f"{self.url}/{repo.page}/commit/{sha}"
         return Answer({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
@@ -646,8 +637,8 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _send(self, answer: Answer, log: str | None = None, cut: Fault | None = None) -> None:
-        is_file = isinstance(answer.content, Path)
-        content = answer.content.read_bytes() if is_file else json.dumps(answer.content).encode()
+        is_file = isinstance(answer.content, bytes)
+        content = answer.content if is_file else json.dumps(answer.content).encode()
         headers = {"Content-Type": "application/octet-stream" if is_file else "application/json"} | answer.headers
         wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if is_file and wanted and self.command == "GET":
@@ -657,7 +648,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
             answer.status, content = 206, content[start:end]
             if not content:
-                answer.status, headers["Content-Range"] = 416, f"bytes */{answer.content.stat().st_size}"
+                answer.status, headers["Content-Range"] = 416, f"bytes */{len(answer.content)}"
         if log is not None:
             # Before the answer: when a client has it, the log has the request.
             self.server.hub.requests.append(LoggedRequest(self.command, log, answer.status))
@@ -675,7 +666,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the client may have gone first
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def handle_one_request(self) -> None:
         try:
