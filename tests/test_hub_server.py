@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -121,10 +122,8 @@ with torch.no_grad():
     pulled = client(build + pull + tell, text=text)
     assert pulled == pushed
     assert pulled[2] == text
-    weights = hub.root / "models/alice/tiny/model.safetensors"
-    assert HfApi(endpoint=hub.url, token=False).get_paths_info("alice/tiny", "model.safetensors")[0].lfs.size == (
-        weights.stat().st_size
-    )
+    (weights,) = HfApi(endpoint=hub.url, token=False).get_paths_info("alice/tiny", "model.safetensors")
+    assert weights.lfs.size == (hub.root / "models/alice/tiny/model.safetensors").stat().st_size
 
 
 def test_datasets_of_three_formats(hub, client):
@@ -196,9 +195,8 @@ def test_uploaded_folder_comes_back_byte_for_byte(hub, client, folder, tmp_path)
     oid = client(UPLOAD, ALICE, source=str(tmp_path / "source"))
     assert stored(hub.root / "models/alice/up") == folder
     parts = [path for method, path, _ in hub.requests if method == "PUT"]
-    assert [path.rpartition("/")[2] for path in parts if hashlib.sha256(folder["big.bin"]).hexdigest() in path] == [
-        *"123"
-    ]
+    big = hashlib.sha256(folder["big.bin"]).hexdigest()
+    assert [path.rpartition("/")[2] for path in parts if big in path] == ["1", "2", "3"]
     assert len(parts) == 4  # three parts of the big file, and the smaller one: everything else is in the commit
 
     snapshot = snapshot_download("alice/up", endpoint=hub.url, token=False, cache_dir=tmp_path / "cache")
@@ -332,9 +330,9 @@ def test_refused_writing(hub, token, repo_id, status, message):
 def test_whoami(hub):
     assert HfApi(endpoint=hub.url, token=READER).whoami()["name"] == "alice"
     assert HfApi(endpoint=hub.url, token=READER).whoami()["auth"]["accessToken"]["role"] == "read"
-    with pytest.raises(HfHubHTTPError) as error:
+    with pytest.raises(Exception, match="Invalid user token"):
         HfApi(endpoint=hub.url, token="hf_unknown").whoami()
-    assert error.value.response.status_code == 401
+    assert asked(hub, "/whoami-v2") == [("GET", 200), ("GET", 200), ("GET", 401)]
 
 
 def test_missing_things_have_errors_of_their_own(hub, download):
@@ -353,7 +351,13 @@ def test_missing_things_have_errors_of_their_own(hub, download):
 
 # ---- planned failures
 
+persistent_client = pytest.mark.skipif(
+    int(huggingface_hub.__version__.split(".")[0]) < 1,
+    reason="huggingface_hub 0.33 gives up at once in these cases; a second call goes on from what the first one kept",
+)
 
+
+@persistent_client
 @pytest.mark.parametrize("status", [500, 502, 503, 504])
 def test_failed_metadata_request_is_repeated(hub, download, status):
     serve_file(hub, "config.json", b"{}")
@@ -381,6 +385,7 @@ def test_client_waits_as_long_as_a_429_says(hub, download):
     assert asked(hub, "config.json") == [("HEAD", 200), ("GET", 429), ("GET", 200)]
 
 
+@persistent_client
 def test_dropped_connection(hub, download):
     serve_file(hub, "config.json", b"{}")
     hub.fault("drop", path_contains="config.json", method="GET")
@@ -388,6 +393,7 @@ def test_dropped_connection(hub, download):
     assert asked(hub, "config.json") == [("HEAD", 200), ("GET", 0), ("GET", 200)]
 
 
+@persistent_client
 def test_connection_dropped_before_the_metadata(hub, download):
     """The one planned failure that reaches the caller at once: the client does not repeat such a request."""
     serve_file(hub, "config.json", b"{}")
@@ -397,6 +403,7 @@ def test_connection_dropped_before_the_metadata(hub, download):
     assert asked(hub, "config.json") == [("HEAD", 0)]
 
 
+@persistent_client
 def test_interrupted_download_goes_on_where_it_stopped(hub, download):
     random.seed(2)
     weights = random.randbytes(24_000_000)
@@ -446,14 +453,15 @@ def test_server_in_another_process(tmp_path):
     command = [sys.executable, Path(__file__).with_name("hub_server.py"), "--root", tmp_path / "hub"]
     command += ["--access", tmp_path / "access.json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        url = process.stdout.readline().strip()
-        fault = {"kind": 503, "path_contains": "config.json", "method": "HEAD", "times": 1}
-        assert get_session().post(f"{url}/_faults", json=fault).status_code == 200
-        assert get_session().post(f"{url}/_faults", json={"kind": "flood"}).status_code == 400
-        file = hf_hub_download("alice/model", "config.json", endpoint=url, token=ALICE, cache_dir=tmp_path / "cache")
-        assert Path(file).read_text() == "{}"
-        seen = [entry["status"] for entry in get_session().get(f"{url}/_requests").json()]
-        process.terminate()
-        rest = process.stdout.read()
-    assert seen == [503, 200, 200]
-    assert rest == ""
+        try:
+            url = process.stdout.readline().strip()
+            fault = {"kind": 429, "path_contains": "config.json", "method": "GET", "retry_after": 0}
+            assert get_session().post(f"{url}/_faults", json=fault).status_code == 200
+            assert get_session().post(f"{url}/_faults", json={"kind": "flood"}).status_code == 400
+            options = {"endpoint": url, "token": ALICE, "cache_dir": tmp_path / "cache"}
+            assert Path(hf_hub_download("alice/model", "config.json", **options)).read_text() == "{}"
+            seen = [entry["status"] for entry in get_session().get(f"{url}/_requests").json()]
+        finally:
+            process.terminate()
+        assert process.stdout.read() == ""
+    assert seen == [200, 429, 200]
