@@ -81,7 +81,6 @@ def build_model(cfg: Config, device: torch.device) -> DistributedDataParallel:
     ddp = DistributedDataParallel(
         CausalLMLoss(model),
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # a decoder's buffers are constants
         gradient_as_bucket_view=True,  # no second copy of the gradients
         bucket_cap_mb=cfg.ddp.bucket_mb,
     )
