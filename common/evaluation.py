@@ -334,5 +334,11 @@ def _print(results: dict[str, Any], run_dir: Path) -> None:
     for number, sample in enumerate(results["samples"], 1):
         print(f"\nsample {number}")
         for label, key in SAMPLE_PARTS:
-            print(f"  {label:<11} {textwrap.shorten(sample[key], 84, placeholder=' …') or '(blank)'}")
+            print(f"  {label:<11} {_one_line(sample[key], 84) or '(blank)'}")
     print(f"\nin {run_dir}:\n  eval.json  samples.md  plots/eval.png")
+
+
+def _one_line(text: str, width: int) -> str:
+    """`text` on one line of at most `width` characters; cut inside a word if need be, as a model may write no spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 2]} …"

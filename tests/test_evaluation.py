@@ -314,6 +314,8 @@ def test_one_and_two_processes_write_the_same_figures(project, tmp_path):
     assert done.stdout.count("37 held-out rows") == 1 and done.stdout.count("sample 1") == 1
     table = done.stdout[done.stdout.index("37 held-out rows") : done.stdout.index("\nin ")]
     assert max(map(len, table.splitlines())) <= 100
+    first = alone["samples"][0]
+    assert all(" ".join(first[part].split())[:80] in table for part in ("prompt", "reference", "base", "fine_tuned"))
     page = (run_dir / "samples.md").read_text()
     assert all(part in page for part in ("## 3", "**base**", "**fine-tuned**", alone["samples"][0]["reference"][:40]))
     assert imread(run_dir / "plots" / "eval.png")[..., :3].std() > 0.05
