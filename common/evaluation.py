@@ -339,6 +339,6 @@ def _print(results: dict[str, Any], run_dir: Path) -> None:
 
 
 def _one_line(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters; cut inside a word if need be, as a model may write no spaces."""
+    """`text` on one line of at most `width` characters; cut within a word if need be: a model may write no spaces."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[: width - 2]} …"
