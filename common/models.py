@@ -107,6 +107,44 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
     return built
 
 
+def use_fused_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Repeat grouped key/value heads where PyTorch has no fused kernel for them, as on a T4.
+
+    transformers hands grouped heads to scaled_dot_product_attention as they are. Where neither the flash nor the cuDNN
+    kernel runs, that falls back to one that holds the whole [length, length] matrix of every head; with the heads
+    repeated, the memory-efficient kernel takes them.
+    """
+    heads = model.config.num_attention_heads
+    groups = getattr(model.config, "num_key_value_heads", heads)
+    if device.type != "cuda" or groups == heads or model.config._attn_implementation != "sdpa":
+        return
+    if not hasattr(transformers, "AttentionMaskInterface"):
+        return  # transformers before 4.53 repeats them itself
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    query, key = (torch.empty(1, n, 16, width, device=device, dtype=dtype) for n in (heads, groups))
+    call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
+    if not (torch.backends.cuda.can_use_flash_attention(call) or torch.backends.cuda.can_use_cudnn_attention(call)):
+        repeat_grouped_heads(model)
+
+
+def repeat_grouped_heads(model: PreTrainedModel) -> None:
+    """Make every attention layer of `model` repeat its key/value heads before scaled_dot_product_attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        causal = attention_mask is None and query.shape[2] > 1
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sdpa_repeated_heads", attention)
+    AttentionMaskInterface.register("sdpa_repeated_heads", sdpa_mask)
+    model.set_attn_implementation("sdpa_repeated_heads")
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The model's stack of decoder layers: the longest `ModuleList` in it, whatever the family calls it.
 
