@@ -48,17 +48,16 @@ def read_json(path: Path) -> dict:
 
 
 def read_summary(run_dir: str | Path) -> dict:
-    """`summary.json`, or what `metrics.jsonl` tells of a run that has not written one (still going, or killed).
+    """`summary.json`; of a run that is going on, was killed or failed, also what `metrics.jsonl` tells.
 
     Raises `UserError` where the folder has neither.
     """
     summary, points = read_json(Path(run_dir) / "summary.json"), series(read_metrics(run_dir), "loss")
-    if summary:
-        return summary
-    if not points:
+    if not summary and not points:
         raise UserError(f"{run_dir}: neither summary.json nor metrics.jsonl: train first, or name another run folder")
-    losses = list(points.values())
-    return {"status": "unfinished", "steps": max(points), "first_loss": losses[0], "last_loss": losses[-1]}
+    losses = list(points.values()) or [None]
+    known = {"status": "unfinished", "steps": max(points, default=0), "loss_first": losses[0], "loss_last": losses[-1]}
+    return known | summary
 
 
 def series(metrics: list[dict], key: str) -> dict[int, float]:
@@ -72,6 +71,8 @@ def print_summary(run_dir: str | Path) -> None:
     print(f"\n{summary.get('project', run_dir.name)}")
     for label, value in _summary_lines(summary):
         print(f"  {label:<16} {value}")
+    if "error" in summary:
+        print(f"  {'error':<16} {summary['error']}")
     files = ["metrics.jsonl", "summary.json", "plots", "checkpoints", "model", "eval.json", "samples.md"]
     print(f"\nin {run_dir}:\n  {'  '.join(name for name in files if (run_dir / name).exists())}")
 
@@ -81,9 +82,9 @@ def _summary_lines(summary: dict) -> list[tuple[str, str]]:
         return MISSING if summary.get(key) is None else f"{summary[key]:{form}}{unit}"
 
     return [
-        ("status", summary.get("status", MISSING)),
+        ("status", summary["status"]),
         ("steps", show("steps", ",")),
-        ("training loss", f"{show('first_loss', '.4f')} → {show('last_loss', '.4f')}"),
+        ("training loss", f"{show('loss_first', '.4f')} → {show('loss_last', '.4f')}"),
         ("held-out loss", f"{show('eval_loss_before', '.4f')} → {show('eval_loss_after', '.4f')}"),
         ("tokens/s", show("tokens_per_second", ",.0f")),
         ("MFU", show("mfu", ".1%")),
@@ -237,7 +238,8 @@ def _labels(run_dirs: list[Path]) -> dict[str, Path]:
     """A short name for each run: its project, with its folder's name where a project has several runs here."""
     projects = [read_summary(p).get("project", p.name) for p in run_dirs]
     names = [p if projects.count(p) == 1 else f"{p}/{d.name}" for p, d in zip(projects, run_dirs, strict=True)]
-    return dict(zip(names, run_dirs, strict=True))
+    unique = len(set(names)) == len(names)
+    return dict(zip(names if unique else map(str, run_dirs), run_dirs, strict=True))
 
 
 def _look(number: int) -> dict[str, Any]:

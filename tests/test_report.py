@@ -27,7 +27,7 @@ def write_run(folder: Path, project: str = "pytorch-ddp", gpu: float = 9.1, spee
         )  # fmt: skip
     lines.append({"step": 60, "eval_loss": 2.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = {"project": project, "status": "completed", "steps": 60, "first_loss": 3.25, "last_loss": 2.17,
+    summary = {"project": project, "status": "completed", "steps": 60, "loss_first": 3.25, "loss_last": 2.17,
                "eval_loss_before": 3.5, "eval_loss_after": 2.2, "tokens_per_second": speed, "mfu": 0.312,
                "peak_gpu_gib": gpu, "peak_host_gib": 3.2, "seconds": 812.4}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -99,6 +99,10 @@ def test_summary_of_a_killed_run(tmp_path, capsys):
     report.print_summary(run)
     out = capsys.readouterr().out
     assert "unfinished" in out and "60" in out and "→ 2.1697" in out
+    (run / "summary.json").write_text('{"project": "pytorch-ddp", "status": "failed", "error": "the loss is nan"}')
+    report.print_summary(run)
+    out = capsys.readouterr().out
+    assert "failed" in out and "the loss is nan" in out and "→ 2.1697" in out
     with pytest.raises(UserError, match="train first"):
         report.print_summary(tmp_path)
 
@@ -139,3 +143,7 @@ def test_runs_of_one_project_keep_their_own_names(tmp_path, capsys):
     report.print_comparison([write_run(tmp_path / name) for name in ("one", "two")])
     out = capsys.readouterr().out
     assert "pytorch-ddp/one" in out and "pytorch-ddp/two" in out
+    same_name = [write_run(tmp_path / machine / "config") for machine in ("here", "there")]
+    report.print_comparison(same_name)
+    out = capsys.readouterr().out
+    assert str(same_name[0]) in out and str(same_name[1]) in out
