@@ -252,7 +252,7 @@ def test_mlflow_with_a_server_that_then_hangs(run_dir: Path, mlflow_server):
     printed, stderr, _ = train(run_dir, "mlflow", 21, 40, pause=pause, patience=5, MLFLOW_TRACKING_URI=address)
     assert_one_warning(stderr, "mlflow")
     assert str(run_dir / "metrics.jsonl") in stderr
-    assert float(printed["seconds"]) < 7
+    assert float(printed["seconds"]) < 12  # with the import, which takes 1 to 5 s
     assert float(printed["slowest log"]) < 0.5
 
 
