@@ -33,6 +33,9 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
             "word_embed_proj_dim": 64, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4},
 }  # fmt: skip
+QWEN2_WORDS = (  # where Qwen2's tokenizer splits before it merges bytes
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -176,22 +179,37 @@ def _tiny_family(name: str) -> str | None:
 
 @functools.cache
 def _tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        [row["text"] for row in pydoc_data.rows()[::4]], TINY_VOCABULARY, special_tokens=special, show_progress=False
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    # Qwen2's normalizer and splitting: transformers puts them in when it loads a saved Qwen2 tokenizer, whatever the
+    # file says, and the saved tokenizer must give the same ids as this one.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in pydoc_data.rows()[::4]], trainer)
     begins = family in ("llama", "opt")  # like the real ones, these put a BOS before a text
     if begins:
-        tokenizer._tokenizer.post_processor = TemplateProcessing(
+        tokenizer.post_processor = TemplateProcessing(
             single=f"{special[0]} $A", special_tokens=[(special[0], tokenizer.token_to_id(special[0]))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer,
+        tokenizer_object=tokenizer,
         bos_token=special[0] if begins else None,
         eos_token=special[0],
         pad_token=special[0],
