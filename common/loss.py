@@ -13,6 +13,7 @@ ranks and micro-batches.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -104,11 +105,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         start = 0
         for chunk, wanted in _chunks(rows, targets, len(matrix)):
-            chunk_loss, grad_logits = _loss_and_gradient(chunk.device.type)(chunk @ matrix.T, wanted)
-            loss += chunk_loss
+            logits = chunk @ matrix.T
+            loss += _loss_then_gradient(logits.device.type)(logits, wanted)
             if with_gradient:
-                torch.mm(grad_logits, matrix, out=grad_rows[start : start + len(chunk)])
-                _add_product(grad_weight, grad_logits.T, chunk)
+                torch.mm(logits, matrix, out=grad_rows[start : start + len(chunk)])
+                _add_product(grad_weight, logits.T, chunk)
             start += len(chunk)
         if with_gradient:
             ctx.save_for_backward(grad_rows, grad_weight)
@@ -131,21 +132,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _softmax_minus_one_hot(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy (fp32) of logits [n, vocabulary], and its gradient in the logits' type."""
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy (fp32) of logits [n, vocabulary], which become its gradient: softmax - one-hot, in place."""
     scores = logits.float()
     log_sum = scores.logsumexp(-1, keepdim=True)
     loss = (log_sum - scores.gather(1, targets[:, None])).sum()
     columns = torch.arange(logits.shape[1], device=logits.device)
-    gradient = (scores - log_sum).exp() - (columns == targets[:, None]).float()
-    return loss, gradient.to(logits.dtype)
+    logits.copy_((scores - log_sum).exp() - (columns == targets[:, None]).float())
+    return loss
 
 
 @functools.cache
-def _loss_and_gradient(device: str):
+def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     # On a GPU these elementwise passes over the logits cost as much as the products unless they are fused into one
     # kernel; on a CPU they do not matter.
-    return torch.compile(_softmax_minus_one_hot, dynamic=True) if device == "cuda" else _softmax_minus_one_hot
+    return torch.compile(_to_gradient) if device == "cuda" else _to_gradient
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

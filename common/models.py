@@ -33,6 +33,9 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
             "word_embed_proj_dim": 64, "max_position_embeddings": 1024},
     "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4},
 }  # fmt: skip
+QWEN2_WORDS = (  # where Qwen2's tokenizer splits before it merges bytes
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -107,6 +110,44 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
     return built
 
 
+def use_fused_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Repeat grouped key/value heads where PyTorch has no fused kernel for them, as on a T4.
+
+    transformers hands grouped heads to scaled_dot_product_attention as they are. Where neither the flash nor the cuDNN
+    kernel runs, that falls back to one that holds the whole [length, length] matrix of every head; with the heads
+    repeated, the memory-efficient kernel takes them.
+    """
+    heads = model.config.num_attention_heads
+    groups = getattr(model.config, "num_key_value_heads", heads)
+    if device.type != "cuda" or groups == heads or model.config._attn_implementation != "sdpa":
+        return
+    if not hasattr(transformers, "AttentionMaskInterface"):
+        return  # transformers before 4.53 repeats them itself
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    query, key = (torch.empty(1, n, 16, width, device=device, dtype=dtype) for n in (heads, groups))
+    call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
+    if not (torch.backends.cuda.can_use_flash_attention(call) or torch.backends.cuda.can_use_cudnn_attention(call)):
+        repeat_grouped_heads(model)
+
+
+def repeat_grouped_heads(model: PreTrainedModel) -> None:
+    """Make every attention layer of `model` repeat its key/value heads before scaled_dot_product_attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        causal = attention_mask is None and query.shape[2] > 1
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sdpa_repeated_heads", attention)
+    AttentionMaskInterface.register("sdpa_repeated_heads", sdpa_mask)
+    model.set_attn_implementation("sdpa_repeated_heads")
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The model's stack of decoder layers: the longest `ModuleList` in it, whatever the family calls it.
 
@@ -138,22 +179,37 @@ def _tiny_family(name: str) -> str | None:
 
 @functools.cache
 def _tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        [row["text"] for row in pydoc_data.rows()[::4]], TINY_VOCABULARY, special_tokens=special, show_progress=False
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    # Qwen2's normalizer and splitting: transformers puts them in when it loads a saved Qwen2 tokenizer, whatever the
+    # file says, and the saved tokenizer must give the same ids as this one.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in pydoc_data.rows()[::4]], trainer)
     begins = family in ("llama", "opt")  # like the real ones, these put a BOS before a text
     if begins:
-        tokenizer._tokenizer.post_processor = TemplateProcessing(
+        tokenizer.post_processor = TemplateProcessing(
             single=f"{special[0]} $A", special_tokens=[(special[0], tokenizer.token_to_id(special[0]))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer,
+        tokenizer_object=tokenizer,
         bos_token=special[0] if begins else None,
         eos_token=special[0],
         pad_token=special[0],

@@ -1,12 +1,14 @@
 """Experiment tracking with MLflow or W&B, by the main process only, never in the way of the training.
 
 A thread of its own talks to the library: `log` costs microseconds, and a server that is slow, down or full can neither
-delay the training by more than `PATIENCE` seconds in all nor end it. What a tracker does not get is in `metrics.jsonl` anyway.
+delay the training by more than `PATIENCE` seconds in all nor end it. What it misses is in `metrics.jsonl` anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import queue
 import re
@@ -40,7 +42,8 @@ class Row(NamedTuple):
 class Backend(Protocol):
     """A tracking library; everything but the constructor is called by the tracker's thread and may raise or block."""
 
-    url: str
+    url: str  # where to look
+    remedy: str  # where to find what did not get through
 
     def start(self) -> None: ...
 
@@ -54,10 +57,10 @@ class Backend(Protocol):
 
 
 def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool) -> Tracker:
-    """The tracker that `cfg.tracking.backend` names, started: run name `run_dir.name`, all keys of `cfg`, `config.yaml`.
+    """The tracker that `cfg.tracking.backend` names, with a run named like `run_dir` that holds the config.
 
-    A resumed run (one with a `run_dir/tracking.json`) goes on in the same tracker run. Pass `enabled=False` on every rank
-    but the main one: nothing is imported and every call does nothing. Raises `UserError` where the library is missing.
+    A resumed run (one with a `run_dir/tracking.json`) goes on in the same tracker run. Pass `enabled=False` on every
+    rank but the main one: nothing is imported and every call does nothing. Raises `UserError` for a missing library.
     """
     backends = {"mlflow": MlflowBackend, "wandb": WandbBackend}
     if not enabled or cfg.tracking.backend == "none":
@@ -99,14 +102,15 @@ class Tracker:
             self._artifacts.put(path)
 
     def finish(self, status: str) -> None:
-        """Send what is left and close the run as `completed`, `interrupted` or `failed`. Calls after the first do nothing."""
-        if not self._backend:
+        """Send what is left and close the run as `completed`, `interrupted` or `failed`; a second call does nothing."""
+        backend = self._backend
+        if not backend:
             return
         self._status = status
         self._wake.set()
         self._wait(self._thread.join, PATIENCE)
         if self._thread.is_alive():
-            self._fail("no answer in time; what it has not got is missing there")
+            self._fail(f"no answer in time; {backend.remedy}")
         self._backend = None
 
     def _wait(self, wait: Any, limit: float) -> None:
@@ -138,7 +142,7 @@ class Tracker:
             line = next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)
             print(
                 f"warning: tracking.backend={self._name} is off from here on, the training is not affected: "
-                f"{_without_secrets(line)[:300]}",
+                f"{_without_secrets(line)[:500]}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -146,7 +150,7 @@ class Tracker:
 
 
 class MlflowBackend:
-    """MLflow through its client, without its global state; a SQLite file beside the run unless `MLFLOW_TRACKING_URI` is set."""
+    """MLflow through its client, without global state; a SQLite file beside the run where no server is named."""
 
     STATUS = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}  # noqa: RUF012
 
@@ -162,13 +166,18 @@ class MlflowBackend:
             from mlflow.utils.logging_utils import disable_logging
         except ImportError as error:
             raise _missing("mlflow", error) from None
-        disable_logging()  # the lines of its database migrations, and tracebacks of what is reported in one line
+        disable_logging()  # also tracebacks of what is reported in one line
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
         self.url = f"mlflow ui --backend-store-uri {shlex.quote(self._uri)}"
+        self.remedy = f"all metrics are in {run_dir / 'metrics.jsonl'}"
         self._connect = lambda: MlflowClient(tracking_uri=self._uri)
 
     def start(self) -> None:
-        self._client = self._connect()
+        logging.disable(logging.INFO)  # MLflow 2 turns on dozens of loggers when it makes a database
+        try:
+            self._client = self._connect()
+        finally:
+            logging.disable(logging.NOTSET)
         run = self._earlier_run()
         if run:
             self._client.update_run(run.info.run_id, status="RUNNING")
@@ -240,13 +249,14 @@ class WandbBackend:
         self._cfg, self._run_dir = cfg, run_dir
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")
+        os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "2")  # what `wandb sync` finds after a kill
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(int(PATIENCE)))  # also for the exit of a run that crashed
         try:
             import wandb
         except ImportError as error:
             raise _missing("wandb", error) from None
         self._wandb = wandb
-        self.url = ""
+        self.url, self.remedy = "", f"all metrics are in {run_dir / 'metrics.jsonl'}"
 
     def start(self) -> None:
         from requests.utils import get_netrc_auth
@@ -276,6 +286,7 @@ class WandbBackend:
         self.log_artifact(self._run_dir / "config.yaml")
         folder = shlex.quote(str(self._run_dir / "wandb"))
         self.url = f"wandb sync {folder}/offline-run-*" if self._run.offline else self._run.url
+        self.remedy += f"; what W&B has on disk goes out with: wandb sync --include-online {folder}/*run-*"
 
     def log(self, rows: list[Row]) -> None:
         for row in rows:
@@ -296,6 +307,8 @@ class WandbBackend:
         for child in psutil.Process().children():
             if "wandb" in child.name():
                 child.kill()
+        with contextlib.suppress(Exception, SystemExit):  # or its exit hook would print a traceback
+            self._wandb.teardown()
 
 
 def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:

@@ -67,10 +67,11 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def build_model(cfg: Config, device: torch.device) -> DistributedDataParallel:
+def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> DistributedDataParallel:
     """The model on this rank's device, its weights fp32 masters, wrapped so that backward averages the gradients."""
     model = models.load_model(cfg.model, cfg.seed).to(device)
     model.train()
+    models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.train.compile:
@@ -175,7 +176,7 @@ def train(cfg: Config) -> None:
         tokenizer = models.load_tokenizer(cfg.model)
         models.load_model_config(cfg.model, cfg.data)  # refuses a data.max_length that the model does not take
         rows, held_out = build_dataloaders(cfg, tokenizer, rank, world_size)
-        model = build_model(cfg, device)
+        model = build_model(cfg, device, dtype)
         groups = models.parameter_groups(model, cfg.train.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
