@@ -88,7 +88,7 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """Where to look: a command or an address; empty when there is no tracker, or none yet."""
+        """Where to look, also after `finish`: a command or an address; empty when there is no tracker, or none yet."""
         return _without_secrets(self._backend.url) if self._backend else ""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -104,14 +104,13 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Send what is left and close the run as `completed`, `interrupted` or `failed`; a second call does nothing."""
         backend = self._backend
-        if not backend:
+        if not backend or self._status:
             return
         self._status = status
         self._wake.set()
         self._wait(self._thread.join, PATIENCE)
         if self._thread.is_alive():
             self._fail(f"no answer in time; {backend.remedy}")
-        self._backend = None
 
     def _wait(self, wait: Any, limit: float) -> None:
         began = time.monotonic()
