@@ -1,7 +1,7 @@
 """Typed configuration: dataclass defaults < YAML file < `key=value` on the command line.
 
-The same keys mean the same thing in all seven projects. A project adds its own section by subclassing `BaseConfig` at the
-top of its `train.py`. Every mistake is found here, before anything is downloaded, and is reported with its key.
+The same keys mean the same thing in all seven projects. A project adds its own section by subclassing `BaseConfig` at
+the top of its `train.py`. Every mistake is found here, before anything is downloaded, and is reported with its key.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DataConfig:
     prompt_template: str = key("{prompt}\n", "prompt as the model sees it; {prompt} or any {column} of the data")
     max_length: int = key(256, "tokens a training sequence has at most", minimum=2)
     packing: str = key(
-        "none", "wrapped: documents joined by EOS into full blocks; none: padded", choices=("wrapped", "none")
+        "none", "wrapped: documents joined by EOS, cut into full blocks; none: padded", choices=("wrapped", "none")
     )
     train_rows: int = key(0, "use at most this many rows for training, drawn at random; 0: all", minimum=0)
     eval_rows: int = key(200, "rows held out for evaluation", minimum=1)
@@ -67,9 +67,7 @@ class TrainConfig:
     max_grad_norm: float = key(1.0, "clip the global gradient norm to this; 0: measure it, do not clip", minimum=0)
     precision: str = key("auto", "auto: bf16 from compute capability 8.0, fp16 below, fp32 on CPU",
                          choices=("auto", "fp32", "fp16", "bf16"))  # fmt: skip
-    activation_checkpointing: bool = key(
-        False, "recompute each layer in the backward: less memory, about 1/3 more compute"
-    )
+    activation_checkpointing: bool = key(False, "recompute each layer in the backward: less memory, 1/3 more compute")
     compile: bool = key(False, "torch.compile each decoder layer: faster after about a minute")
 
 
@@ -131,7 +129,7 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
     """The configuration for `script`, from `[--config FILE] [key=value …]` (`sys.argv` when `argv` is None).
 
     FILE is a path, or the name of a file beside the script; `config.yaml` is the default.
-    Raises `UserError` for a missing or broken file, an unknown key, a wrong type, a value out of range, a contradiction.
+    Raises `UserError` for a missing or broken file, an unknown key, a wrong type, a bad value, a contradiction.
     """
     folder = Path(script).resolve().parent
     parser = argparse.ArgumentParser(
@@ -264,9 +262,7 @@ def _refuse_unknown_keys(source: str, values: Any, known: dict[str, dataclasses.
             _refuse_unknown_keys(source, value, known, f"{dotted}.")
         elif dotted not in known:
             if "token" in str(name) or "api_key" in str(name):
-                raise UserError(
-                    f"{source}: {dotted}: secrets are never settings; put them in HF_TOKEN or WANDB_API_KEY"
-                )
+                raise UserError(f"{source}: {dotted}: a secret is no setting; put it in HF_TOKEN or WANDB_API_KEY")
             near = difflib.get_close_matches(dotted, [*known, *sections], n=1, cutoff=0.6)
             by_leaf = [k for k in known if k.split(".")[-1] == str(name)]
             hint = f"; did you mean {(by_leaf or near)[0]}?" if by_leaf or near else " (see --help for all keys)"

@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine:  make demo   make test
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+RUN := . .venv/bin/activate &&
+
+.PHONY: help
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+# The stamp is newer than what it was built from, or the environment is brought up to date.
+.venv/ready: requirements.txt pyproject.toml
+	@echo "Building .venv: about 2 GB, a few minutes ..."
+	[[ -x .venv/bin/python ]] || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.PHONY: demo
+demo: .venv/ready ## fine-tune and evaluate with DDP on two CPU processes: no GPU, no network
+	@$(RUN) pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/pytorch-ddp/demo checkpoint.resume=never
+	$(RUN) python pytorch-ddp/eval.py --config smoke.yaml output_dir=runs/pytorch-ddp/demo
+	cat <<-'END'
+
+		What was made lies in runs/pytorch-ddp/demo: plots/loss.png, samples.md, model/, checkpoints/ ...
+		Look at the run in MLflow:    .venv/bin/mlflow ui --backend-store-uri sqlite:///runs/pytorch-ddp/mlflow.db
+		Try next:
+		  pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/mine train.learning_rate=1e-3 data.packing=wrapped
+		  pytorch-ddp/launch.sh                    the real run of pytorch-ddp/config.yaml, on GPUs
+		  less pytorch-ddp/README.md               what DDP does, and what was measured
+	END
+
+.PHONY: test
+test: .venv/ready lint ## everything: real launchers, trackers, Hub client, kill and resume
+	@$(RUN) python -m pytest tests
+
+.PHONY: test-fast
+test-fast: .venv/ready ## the tests that take under 4 minutes together
+	@$(RUN) python -m pytest tests -m "not slow"
+
+.PHONY: lint
+lint: .venv/ready ## ruff, and the notebooks and tables that are generated
+	@$(RUN) ruff check . && ruff format --check .
+	$(RUN) python -m common.results --check
+
+.PHONY: format
+format: .venv/ready ## put code and tables into their form
+	@$(RUN) ruff check --fix . && ruff format .
+	$(RUN) python -m common.results
+
+.PHONY: bench
+bench: .venv/ready ## measure pytorch-ddp on this machine's GPUs; records go to results/
+	@$(RUN) python bench/ddp.py
+
+.PHONY: compare
+compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png
+	@$(RUN) python -m common.report $(or $(RUNS),$(dir $(wildcard runs/*/*/summary.json)))

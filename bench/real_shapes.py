@@ -1,0 +1,47 @@
+"""Model folders with the real shapes and no weights, to measure speed and memory where the Hub cannot be reached.
+
+    python bench/real_shapes.py Qwen/Qwen2-0.5B-Instruct FOLDER TEXT.jsonl
+
+writes `config.json` (the published architecture) and a byte-level BPE tokenizer trained on TEXT.jsonl. Train it with
+`model.name=FOLDER model.random_weights=true`: speed and memory do not depend on the weights' values.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+# The fields of each published config.json that decide shapes and arithmetic.
+SHAPES = {
+    "Qwen/Qwen2-0.5B-Instruct": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_act": "silu",
+        "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+VOCABULARY = 32000  # ids above it are never drawn; the head computes all of the model's vocabulary all the same
+
+
+def write_model_folder(name: str, folder: Path, texts: list[str]) -> None:
+    shape = dict(SHAPES[name])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    end = "<|endoftext|>"
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, VOCABULARY, special_tokens=[end], show_progress=False)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.token_to_id(end)
+    config.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=end, pad_token=end).save_pretrained(folder)
+
+
+def read_texts(path: Path) -> list[str]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return ["\n".join(str(value) for value in row.values()) for row in rows]
+
+
+if __name__ == "__main__":
+    model_name, target, text_file = sys.argv[1:]
+    write_model_folder(model_name, Path(target), read_texts(Path(text_file)))

@@ -1,0 +1,120 @@
+"""Checkpoint folders: written beside their place, renamed into it, checked before they are read.
+
+What is inside belongs to the project; here is what makes a folder that exists a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+from common.config import BaseConfig, get
+from common.errors import UserError
+
+MANIFEST = "manifest.json"
+# Keys that a run cannot change and still be the same run. The rest (steps, learning rate, micro-batch) may change.
+IDENTITY = ("model.name", "model.revision", "data.name", "data.format", "data.max_length", "data.packing", "seed",
+            "train.global_batch_size")  # fmt: skip
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: `step-00000020/` and so on, at most `keep` of them.
+
+    Every rank calls `writing(step)` for the place to write to; the main process calls `begin` before, `commit` after
+    all ranks have written.
+    """
+
+    def __init__(self, root: Path, keep: int, identity: dict):
+        self.root, self.keep, self.identity = root, keep, identity
+
+    def writing(self, step: int) -> Path:
+        """Where a checkpoint is written until it is committed."""
+        return self.root / f".writing-{step:08d}"
+
+    def begin(self, step: int) -> None:
+        for leftover in self.root.glob(".writing-*"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
+        self.writing(step).mkdir(parents=True)
+
+    def commit(self, step: int) -> Path:
+        """Make the written folder a checkpoint: list its files with their checksums, rename it, drop the oldest."""
+        folder, final = self.writing(step), self.root / f"step-{step:08d}"
+        files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = {"step": step, "identity": self.identity, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        folder.rename(final)
+        for _, old in self._all()[self.keep :]:
+            shutil.rmtree(old)
+        return final
+
+    def find(self, resume: str) -> tuple[int, Path] | None:
+        """The (step, folder) to go on from for `checkpoint.resume`, or None to start anew.
+
+        `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` for a path that is no
+        whole checkpoint, and for a checkpoint of another model or other data.
+        """
+        if resume == "never":
+            return None
+        if resume != "auto":
+            folder = Path(resume).expanduser()
+            if problem := damage(folder):
+                raise UserError(f"checkpoint.resume={resume}: {problem}")
+            return self._checked(folder)
+        for _, folder in self._all():
+            if problem := damage(folder):
+                print(f"warning: {folder} is damaged and is passed over: {problem}", file=sys.stderr)
+                continue
+            return self._checked(folder)
+        return None
+
+    def _all(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every checkpoint, the newest first."""
+        matches = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.root.glob("step-*")]
+        return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
+
+    def _checked(self, folder: Path) -> tuple[int, Path]:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for key, ours in self.identity.items():
+            theirs = manifest["identity"].get(key)
+            if theirs != ours:
+                raise UserError(
+                    f"{key} is {ours}, but {folder} was written with {theirs}: set it back, choose another output_dir, "
+                    f"or set checkpoint.resume=never to start anew"
+                )
+        return manifest["step"], folder
+
+
+def identity(cfg: BaseConfig, data_fingerprint: str) -> dict:
+    """What must be equal for a run to go on from a checkpoint."""
+    return {key: get(cfg, key) for key in IDENTITY} | {"the training data's fingerprint": data_fingerprint}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the checkpoint in `folder`; None if it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST} in it"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        if _fingerprint(path) != expected:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _fingerprint(path: Path) -> dict:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": path.stat().st_size, "crc32": checksum}

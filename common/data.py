@@ -1,0 +1,340 @@
+"""Data: load, tokenize, mask, pack, and deal out to ranks.
+
+Which rows an optimizer step sees depends only on the data, the seed and the step, never on the number of ranks or on
+the micro-batch: N ranks see exactly the batches that one would, and a resumed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from common import pydoc_data
+from common.config import BaseConfig, DataConfig
+from common.errors import UserError
+from common.hub import explain_hub_error
+from common.loss import IGNORE, count_targets
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerFast
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+ROWS_AT_ONCE = 1000  # rows a call of the tokenizer takes
+
+
+def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training rows and held-out rows, disjoint, both drawn by the seed (many data sets are sorted by label).
+
+    The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, data set, split or
+    column, and where there are too few rows.
+    """
+    rows = _load_split(data, data.split)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    if data.eval_split:
+        held_out = _load_split(data, data.eval_split)
+        held_out = held_out.select(np.random.default_rng(seed).permutation(len(held_out))[: data.eval_rows])
+    else:
+        if len(rows) <= data.eval_rows:
+            raise UserError(
+                f"data.name={data.name} has {len(rows)} rows and data.eval_rows={data.eval_rows} are held out, "
+                f"which leaves none to train on: lower data.eval_rows"
+            )
+        held_out, order = rows.select(order[: data.eval_rows]), order[data.eval_rows :]
+    return rows.select(order[: data.train_rows or None]), held_out
+
+
+def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
+    import datasets
+
+    path = Path(data.name).expanduser()
+    if data.name == "pydoc":
+        rows = datasets.Dataset.from_list(pydoc_data.rows())
+    elif path.suffix in READERS:
+        if not path.is_file():
+            raise UserError(f"data.name={data.name}: no such file")
+        if path.stat().st_size == 0:
+            raise UserError(f"data.name={data.name}: the file is empty")
+        try:
+            rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # the readers raise errors of many libraries
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"data.name={data.name}: cannot be read as {path.suffix[1:]}: {reason}") from error
+    else:
+        try:
+            rows = datasets.load_dataset(data.name, data.subset or None, split=split)
+        except Exception as error:
+            raise explain_hub_error(error, "data set", data.name) from error
+    if len(rows) == 0:
+        raise UserError(f"data.name={data.name}: split {split} has no rows")
+    wanted = {
+        "text": {"data.text_column": data.text_column},
+        "prompt-response": {"data.prompt_column": data.prompt_column, "data.response_column": data.response_column},
+        "messages": {"data.messages_column": data.messages_column},
+    }[data.format]
+    for key, column in wanted.items():
+        if column not in rows.column_names:
+            raise UserError(f"{key}={column}: data.name={data.name} has the columns {', '.join(rows.column_names)}")
+    return rows
+
+
+@dataclass
+class TokenizedRows(Dataset):
+    """Token sequences in two flat arrays; `rows[i]` is {"input_ids": int64 [length], "labels": int64 [length]}.
+
+    A label is the token itself, or `IGNORE` where the token is no target. Labels are not shifted.
+    """
+
+    tokens: np.ndarray  # int32 [all tokens]
+    labels: np.ndarray  # int32 [all tokens]
+    offsets: np.ndarray  # int64 [rows + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return {
+            "input_ids": torch.from_numpy(self.tokens[span].astype(np.int64)),
+            "labels": torch.from_numpy(self.labels[span].astype(np.int64)),
+        }
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def fingerprint(self) -> str:
+        """Equal for equal data: a checkpoint remembers it, so that a run cannot go on with other rows."""
+        digest = hashlib.sha256(self.tokens.tobytes())
+        digest.update(self.labels.tobytes())
+        digest.update(self.offsets.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def tokenize(
+    rows: datasets.Dataset,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    packing: str | None = None,
+    show_progress: bool = False,
+) -> TokenizedRows:
+    """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) says.
+
+    Prompts are masked by position, so that a prompt's tokens are never targets and the EOS behind a response always is,
+    also where the pad token is the same. Raises `UserError` for a row that is no text and where nothing is left.
+    """
+    wrapped = (packing or data.packing) == "wrapped"
+    encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
+    tokens: list[int] = []
+    labels: list[int] = []
+    offsets = [0]
+    starts = range(0, len(rows), ROWS_AT_ONCE)
+    for start in tqdm(
+        starts, desc="Tokenizing", unit="k rows", disable=not show_progress or len(starts) < 20, leave=False
+    ):
+        for ids, targets in encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer):
+            row_labels = _mask(ids, targets)
+            if not wrapped:
+                ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
+            if all(label == IGNORE for label in row_labels[1:]):
+                continue  # an empty text, or a prompt that fills the whole sequence: nothing to learn from
+            tokens += ids
+            labels += row_labels
+            offsets.append(len(tokens))
+    if wrapped:
+        # The tail that fills no block is dropped: every block has the same shape.
+        offsets = list(range(0, len(tokens) + 1, data.max_length))
+    if len(offsets) < 2:
+        raise UserError(
+            f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
+            + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
+        )
+    end = offsets[-1]
+    return TokenizedRows(
+        np.array(tokens[:end], np.int32), np.array(labels[:end], np.int32), np.array(offsets, np.int64)
+    )
+
+
+def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
+    """Labels of `ids`; `targets` is the first target's position, or says of each token whether it is one."""
+    if isinstance(targets, int):
+        return [IGNORE] * min(targets, len(ids)) + ids[targets:]
+    return [token if is_target else IGNORE for token, is_target in zip(ids, targets, strict=True)]
+
+
+def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
+    for ids in _ids(tokenizer, _texts(batch, data.text_column, start, data)):
+        yield _with_eos(ids, tokenizer), 0
+
+
+def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
+    prompts = _ids(tokenizer, render_prompts(batch, data, start))
+    responses = _ids(tokenizer, _texts(batch, data.response_column, start, data), add_special_tokens=False)
+    for prompt, response in zip(prompts, responses, strict=True):
+        if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:
+            prompt = prompt[:-1]  # some tokenizers end every text with EOS
+        yield prompt + _with_eos(response, tokenizer), len(prompt)
+
+
+def _encode_messages(
+    batch: dict[str, list], start: int, data: DataConfig, tokenizer
+) -> Iterator[tuple[list[int], list]]:
+    for i, messages in enumerate(batch[data.messages_column]):
+        _check_messages(messages, f"data.name={data.name}: row {start + i}: column {data.messages_column}", tokenizer)
+        text, targets_at = "", []  # the rendered conversation, and the spans of it that the assistant writes
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                begin = len(_render(tokenizer, messages[:turn], add_generation_prompt=True))
+                text = _render(tokenizer, messages[: turn + 1])
+                targets_at.append((begin, len(text)))
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        targets = [any(a <= begin and end <= b for a, b in targets_at) for begin, end in encoded["offset_mapping"]]
+        if ids and targets[-1] and tokenizer.eos_token_id not in ids[-2:]:
+            ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
+        yield ids, targets
+
+
+def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> list[str]:
+    """The prompts of a batch of rows as the model sees them: `data.prompt_template` filled in."""
+    prompts = _texts(batch, data.prompt_column, start, data)
+    columns = {name: batch[name] for name in batch}
+    try:
+        return [
+            data.prompt_template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt})
+            for i, prompt in enumerate(prompts)
+        ]
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}); "
+            f"the columns are {', '.join(columns)}, and prompt"
+        ) from None
+
+
+def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tuple[str, str]:
+    """What a model is given, and the answer that it should give, for a prompt-response or messages row."""
+    if data.format == "messages":
+        messages = row[data.messages_column]
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return _render(tokenizer, messages[:last], add_generation_prompt=True), messages[last]["content"]
+    return render_prompts({name: [value] for name, value in row.items()}, data)[0], row[data.response_column]
+
+
+def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    if not messages:
+        return ""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _check_messages(messages: Any, where: str, tokenizer) -> None:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"data.format=messages: the tokenizer of model.name has no chat template; use {'prompt-response'!r}"
+        )
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed or not any(m["role"] == "assistant" for m in messages):
+        raise UserError(f"{where}: must be a list of {{role, content}} texts with an assistant's turn in it")
+
+
+def _texts(batch: dict[str, list], column: str, start: int, data: DataConfig) -> list[str]:
+    for i, value in enumerate(batch[column]):
+        if not isinstance(value, str):
+            raise UserError(
+                f"data.name={data.name}: row {start + i} (in the order of the seed): column {column} holds "
+                f"{type(value).__name__} {str(value)[:40]!r}, not text"
+            )
+    return batch[column]
+
+
+def _ids(tokenizer, texts: list[str], **options) -> list[list[int]]:
+    # verbose=False: rows above the model's length are cut or packed below, so its warning would mislead.
+    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+
+
+def _with_eos(ids: list[int], tokenizer) -> list[int]:
+    return ids if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
+def collate(rows: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch {"input_ids", "labels"}, both int64 [rows, longest row], padded on the right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([row["input_ids"] for row in rows], batch_first=True, padding_value=pad_id),
+        "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=IGNORE),
+    }
+
+
+class StepSampler(Sampler):
+    """For each optimizer step from `first_step` on, the rows of it that are this rank's.
+
+    An epoch is a permutation by the seed and the epoch's number, cut into global batches; the rows that fill none are
+    left out (others in each epoch). In a global batch, rows are sorted by length, so that little is padded.
+    """
+
+    def __init__(self, rows: TokenizedRows, cfg: BaseConfig, rank: int, world_size: int, first_step: int = 0):
+        self.lengths, self.seed, self.size = rows.lengths, cfg.seed, cfg.train.global_batch_size
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.steps_per_epoch = len(rows) // self.size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"train.global_batch_size={self.size} is more than the {len(rows)} training sequences: lower it, "
+                f"or use more data"
+            )
+        self.total_steps = cfg.train.max_steps or max(1, math.ceil(cfg.train.epochs * self.steps_per_epoch))
+
+    def __len__(self) -> int:
+        return max(0, self.total_steps - self.first_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.array([])
+        for step in range(self.first_step, self.total_steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+            start = step % self.steps_per_epoch * self.size
+            batch = order[start : start + self.size]
+            batch = batch[np.argsort(self.lengths[batch], kind="stable")]
+            yield batch[self.rank :: self.world_size].tolist()
+
+
+class StepBatch(NamedTuple):
+    """What a rank works on in one optimizer step."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    targets: int  # tokens with a loss in these micro-batches
+    tokens: int  # tokens in them, padding not counted
+
+
+def step_loader(
+    rows: TokenizedRows, cfg: BaseConfig, pad_id: int, rank: int, world_size: int, first_step: int = 0
+) -> DataLoader:
+    """An item of this loader is one optimizer step of this rank, a `StepBatch`.
+
+    `loader.batch_sampler` knows `steps_per_epoch` and `total_steps`.
+    """
+    micro = cfg.train.micro_batch_size
+
+    def step_batch(step_rows: list[dict[str, torch.Tensor]]) -> StepBatch:
+        micro_batches = [collate(step_rows[i : i + micro], pad_id) for i in range(0, len(step_rows), micro)]
+        targets = sum(count_targets(batch["labels"]) for batch in micro_batches)
+        return StepBatch(micro_batches, targets, sum(len(row["input_ids"]) for row in step_rows))
+
+    return DataLoader(
+        rows,
+        batch_sampler=StepSampler(rows, cfg, rank, world_size, first_step),
+        collate_fn=step_batch,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: the loader then draws nothing from the run's random numbers
+    )

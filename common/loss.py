@@ -1,0 +1,159 @@
+"""Next-token loss that never holds the full logits.
+
+At a vocabulary of 152k, the fp32 logits of 4 × 512 tokens are 1.2 GB, and a plain cross-entropy holds several tensors
+of that size. Here the output head and the cross-entropy run on a few hundred to a few thousand tokens at a time, and
+each chunk's gradient is computed while its logits are at hand, so that no logits outlive their chunk. The idea is Liger
+Kernel's fused linear cross-entropy (https://arxiv.org/abs/2410.10989, section 3.2); here in plain PyTorch, so that one
+code serves CPU and GPU, with the gradient of the head's weight summed in fp32.
+
+The loss is a *sum*: divide by the number of target tokens of the whole global batch, and it is exact for any split into
+ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+IGNORE = -100  # the label of a token that is no target, as in PyTorch and transformers
+CHUNK_LOGITS = 2**29  # logits a chunk holds at most: 1 GiB in bf16
+FEWEST_CHUNKS = 8  # so that a small batch, too, needs a fraction of the memory
+
+
+class CausalLMLoss(nn.Module):
+    """A Hugging Face causal language model whose forward returns the summed loss.
+
+    A wrapper such as DDP must see every parameter used inside `forward`: the output head's included.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = model.get_output_embeddings()
+        scaled = [
+            n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)
+        ]
+        if getattr(head, "bias", None) is not None or scaled:
+            raise UserError(
+                f"model.name: {type(model).__name__} changes its logits after the output matrix "
+                f"({', '.join(scaled) or 'a bias'}), which the chunked loss does not compute; choose another model"
+            )
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the token losses, fp32 scalar. `input_ids` and `labels` are [batch, length], labels not shifted."""
+        return linear_cross_entropy(*self._head_inputs(input_ids, labels))
+
+    @torch.no_grad()
+    def statistics(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """float64 [3]: sum of the token losses, number of targets, number of targets that were the likeliest token."""
+        hidden, weight, targets = self._head_inputs(input_ids, labels)
+        weight = weight.to(_compute_dtype(hidden, weight))
+        total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+        for rows, wanted in _chunks(hidden, targets, weight.shape[0]):
+            logits = (rows.to(weight.dtype) @ weight.T).float()
+            total[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
+            total[2] += (logits.argmax(-1) == wanted).sum()
+        total[1] = len(targets)
+        return total
+
+    def _head_inputs(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
+        # may use its fast causal kernels.
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        shifted = labels[:, 1:].flatten()
+        is_target = (shifted != IGNORE).nonzero().squeeze(1)  # masked prompts do not pay for the head
+        return hidden[:, :-1].flatten(0, 1)[is_target], self.model.get_output_embeddings().weight, shifted[is_target]
+
+
+def count_targets(labels: Tensor) -> int:
+    """Tokens of `labels` [batch, length] that have a loss: all but the first of a sequence and the masked ones."""
+    return int((labels[:, 1:] != IGNORE).sum())
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of cross_entropy(hidden @ weight.T, targets), fp32 scalar, computed in chunks.
+
+    hidden [tokens, width], weight [vocabulary, width], targets [tokens] (no masked ones). Under autocast the products
+    run in autocast's type, as `nn.Linear`'s would; the weight's gradient stays in the weight's own type.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden, weight), torch.is_grad_enabled())
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int):
+    size = max(1, min(CHUNK_LOGITS // vocabulary, -(-len(targets) // FEWEST_CHUNKS)))
+    return zip(hidden.split(size), targets.split(size), strict=True) if len(targets) else ()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, with_gradient: bool):
+        rows, matrix = hidden.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if with_gradient:
+            grad_rows = torch.empty_like(rows)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        start = 0
+        for chunk, wanted in _chunks(rows, targets, len(matrix)):
+            logits = chunk @ matrix.T
+            loss += _loss_then_gradient(logits.device.type)(logits, wanted)
+            if with_gradient:
+                torch.mm(logits, matrix, out=grad_rows[start : start + len(chunk)])
+                _add_product(grad_weight, logits.T, chunk)
+            start += len(chunk)
+        if with_gradient:
+            ctx.save_for_backward(grad_rows, grad_weight)
+            ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        # grad_loss carries 1 / targets and the fp16 loss scale. They are as well applied here as in the forward:
+        # softmax - one-hot lies in [-1, 1], and what was summed over tokens was summed in fp32. In place, since these
+        # tensors are nobody else's and the weight's is the largest of the step.
+        grad_rows, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            grad_rows.mul_(grad_loss).to(hidden_dtype),
+            grad_weight.mul_(grad_loss).to(weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy (fp32) of logits [n, vocabulary], which become its gradient: softmax - one-hot, in place."""
+    scores = logits.float()
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    loss = (log_sum - scores.gather(1, targets[:, None])).sum()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    logits.copy_((scores - log_sum).exp() - (columns == targets[:, None]).float())
+    return loss
+
+
+@functools.cache
+def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
+    # On a GPU these elementwise passes over the logits cost as much as the products unless they are fused into one
+    # kernel; on a CPU they do not matter.
+    return torch.compile(_to_gradient) if device == "cuda" else _to_gradient
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (fp32) += a @ b, without rounding the product to the type of a and b where the hardware can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -1,0 +1,123 @@
+"""Measures: FLOPs a token, the hardware's peak, host memory of the whole process tree, lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import psutil
+import torch
+
+# Dense peak of the tensor cores, TFLOP/s, from NVIDIA's data sheets: (16-bit, fp32 outside the tensor cores).
+PEAK_TFLOPS = {
+    "T4": (65, 8.1),
+    "P100": (18.7, 9.3),
+    "V100": (125, 15.7),
+    "L4": (121, 30.3),
+    "A10": (125, 31.2),
+    "A100": (312, 19.5),
+    "L40S": (362, 91.6),
+    "H100": (989, 67),
+    "H200": (989, 67),
+    "B200": (2250, 80),
+}
+
+
+def flops_per_token(model: torch.nn.Module, length: int) -> float:
+    """Floating-point operations that training spends on a token: 6 N + 6 × layers × width × length.
+
+    N counts the parameters that take part in a matrix product (an input embedding that is not tied to the head only
+    looks rows up); the second term is causal attention, half of the 12 × layers × width × length of
+    https://arxiv.org/abs/2204.02311 (appendix B). Recomputation by activation checkpointing is not counted.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    parameters = sum(p.numel() for p in model.parameters())
+    if embedding is not head:
+        parameters -= embedding.numel()
+    config = model.config
+    return 6.0 * parameters + 6.0 * config.num_hidden_layers * config.hidden_size * length
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The data sheet's FLOP/s of one GPU for `dtype`; None on a CPU and where the GPU is not known."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").replace("/", " ").split()
+    known = next((PEAK_TFLOPS[word] for word in words if word in PEAK_TFLOPS), None)
+    return known[dtype == torch.float32] * 1e12 if known else None
+
+
+class HostMemory:
+    """Peak memory in GiB of a process and all below it, sampled by a thread.
+
+    Pages that several processes share (libraries, chiefly) are counted once: the sum of the private pages, plus the
+    largest shared part.
+    """
+
+    def __init__(self, root_pid: int | None = None, every_seconds: float = 0.5):
+        self.peak_gib = 0.0
+        self._root = psutil.Process(root_pid or os.getpid())
+        self._stopped = threading.Event()
+        self._every = every_seconds
+        threading.Thread(target=self._watch, daemon=True, name="host-memory").start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.is_set():
+            private, shared = 0, 0
+            try:
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    try:
+                        memory = process.memory_info()
+                    except psutil.Error:  # it ended meanwhile
+                        continue
+                    process_shared = getattr(memory, "shared", 0)
+                    private += memory.rss - process_shared
+                    shared = max(shared, process_shared)
+            except psutil.Error:
+                return
+            self.peak_gib = max(self.peak_gib, (private + shared) / 2**30)
+            self._stopped.wait(self._every)
+
+
+def peak_gpu_gib(device: torch.device) -> float:
+    """The most memory that this process's tensors took on its GPU so far, GiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+class JsonLines:
+    """An append-only file with a JSON object a line, on disk after every line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, record: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(record)) + "\n")
+
+    def read(self) -> list[dict]:
+        """All records; a last line that a killed run left half-written is passed over."""
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop the records behind `step`: a resumed run makes those steps again."""
+        kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def finite(record: dict) -> dict:
+    """JSON knows no NaN and no infinity: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

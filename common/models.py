@@ -1,0 +1,220 @@
+"""Models and tokenizers: from the Hub, from a local folder, or the embedded `tiny:` ones.
+
+A `tiny:` model is the real architecture class with small shapes and random weights from the seed; its byte-level BPE
+tokenizer is trained on the embedded data. It needs no network, and everything that holds for it holds for the real one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common import pydoc_data
+from common.config import DataConfig, ModelConfig
+from common.errors import UserError
+from common.hub import explain_hub_error
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+TINY_VOCABULARY = 2048
+# The shapes keep what matters of the real models: tied embeddings, grouped key/value heads, positions of each kind.
+TINY_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "llama": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    "opt": {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "word_embed_proj_dim": 64, "max_position_embeddings": 1024},
+    "bloom": {"hidden_size": 64, "n_layer": 4, "n_head": 4},
+}  # fmt: skip
+QWEN2_WORDS = (  # where Qwen2's tokenizer splits before it merges bytes
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
+    if family := _tiny_family(model.name):
+        return _tiny_tokenizer(family)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
+    except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
+        raise explain_hub_error(error, "model", model.name) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.name={model.name}: its tokenizer has no end-of-sequence token, which training needs")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> PretrainedConfig:
+    """The architecture's configuration, dropout off: with dropout, two ranks could not give the loss of one.
+
+    Raises `UserError` if it cannot be had, is no causal language model, or takes fewer than `data.max_length` tokens.
+    """
+    if family := _tiny_family(model.name):
+        tokenizer = _tiny_tokenizer(family)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=TINY_VOCABULARY,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **TINY_SHAPES[family],
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model.name, revision=model.revision)
+        except Exception as error:
+            raise explain_hub_error(error, "model", model.name) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"model.name={model.name}: a {config.model_type} model is no causal language model")
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "layerdrop", "_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if data is not None and longest and data.max_length > longest:
+        raise UserError(
+            f"data.max_length={data.max_length} is above what {model.name} takes: set it to {longest} or less"
+        )
+    return config
+
+
+def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the CPU (or on the default device), weights in `dtype`. Raises `UserError` if it cannot be had."""
+    config = load_model_config(model)
+    dtype_key = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+    if _tiny_family(model.name) or model.random_weights:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            built = AutoModelForCausalLM.from_config(config, **{dtype_key: dtype})
+    else:
+        try:
+            built = AutoModelForCausalLM.from_pretrained(
+                model.name, revision=model.revision, config=config, trust_remote_code=False, **{dtype_key: dtype}
+            )
+        except Exception as error:
+            raise explain_hub_error(error, "model", model.name) from error
+    if built.generation_config is not None and built.generation_config.pad_token_id is None:
+        built.generation_config.pad_token_id = built.generation_config.eos_token_id
+    return built
+
+
+def use_fused_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Repeat grouped key/value heads where PyTorch has no fused kernel for them, as on a T4.
+
+    transformers hands grouped heads to scaled_dot_product_attention as they are. Where neither the flash nor the cuDNN
+    kernel runs, that falls back to one that holds the whole [length, length] matrix of every head; with the heads
+    repeated, the memory-efficient kernel takes them.
+    """
+    heads = model.config.num_attention_heads
+    groups = getattr(model.config, "num_key_value_heads", heads)
+    if device.type != "cuda" or groups == heads or model.config._attn_implementation != "sdpa":
+        return
+    if not hasattr(transformers, "AttentionMaskInterface"):
+        return  # transformers before 4.53 repeats them itself
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    query, key = (torch.empty(1, n, 16, width, device=device, dtype=dtype) for n in (heads, groups))
+    call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
+    if not (torch.backends.cuda.can_use_flash_attention(call) or torch.backends.cuda.can_use_cudnn_attention(call)):
+        repeat_grouped_heads(model)
+
+
+def repeat_grouped_heads(model: PreTrainedModel) -> None:
+    """Make every attention layer of `model` repeat its key/value heads before scaled_dot_product_attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        causal = attention_mask is None and query.shape[2] > 1
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sdpa_repeated_heads", attention)
+    AttentionMaskInterface.register("sdpa_repeated_heads", sdpa_mask)
+    model.set_attn_implementation("sdpa_repeated_heads")
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The model's stack of decoder layers: the longest `ModuleList` in it, whatever the family calls it.
+
+    Raises `UserError` if there is none.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise UserError(f"model.name: no list of decoder layers found in {type(model).__name__}")
+    return max(lists, key=len)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices decay, vectors (norms and biases) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _tiny_family(name: str) -> str | None:
+    if not name.startswith("tiny:"):
+        return None
+    family = name.removeprefix("tiny:")
+    if family not in TINY_SHAPES:
+        raise UserError(f"model.name={name}: the embedded models are " + ", ".join(f"tiny:{f}" for f in TINY_SHAPES))
+    return family
+
+
+@functools.cache
+def _tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    # Qwen2's normalizer and splitting: transformers puts them in when it loads a saved Qwen2 tokenizer, whatever the
+    # file says, and the saved tokenizer must give the same ids as this one.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=[AddedToken(token, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in pydoc_data.rows()[::4]], trainer)
+    begins = family in ("llama", "opt")  # like the real ones, these put a BOS before a text
+    if begins:
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{special[0]} $A", special_tokens=[(special[0], tokenizer.token_to_id(special[0]))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0] if begins else None,
+        eos_token=special[0],
+        pad_token=special[0],
+        additional_special_tokens=special[1:],
+        chat_template=CHATML,
+        model_max_length=TINY_SHAPES[family].get("max_position_embeddings", 1024),
+        clean_up_tokenization_spaces=False,
+    )

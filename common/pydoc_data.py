@@ -1,0 +1,71 @@
+"""The embedded data set: the standard library's own docstrings as questions and answers.
+
+Every Python carries it, so it needs no network and no licence beyond Python's own. The modules are read, never imported
+(some do things when imported), in a fixed order, so one Python version always gives the same rows.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import sysconfig
+from pathlib import Path
+
+from common.errors import UserError
+
+MOST_CHARACTERS = 600  # of an answer: a few paragraphs
+SKIPPED = {"__phello__", "antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"}
+
+
+@functools.cache
+def rows() -> list[dict]:
+    """One row a documented module, class, function or method: `prompt`, `response`, and the same as `text`, `messages`.
+
+    About 4,400 rows. Raises `UserError` where Python has no readable standard library sources.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    found: dict[str, dict] = {}
+    for module in sorted(sys.stdlib_module_names - SKIPPED):
+        for path in (library / f"{module}.py", library / module / "__init__.py"):
+            if path.is_file():
+                for prompt, response in _questions(module, path):
+                    found.setdefault(prompt, _row(prompt, response))  # a redefinition (by platform) is dropped
+    if len(found) < 1000:
+        raise UserError(
+            f"data.name=pydoc: only {len(found)} docstrings in {library}: is this Python without its sources?"
+        )
+    return list(found.values())
+
+
+def _row(prompt: str, response: str) -> dict:
+    return {
+        "prompt": prompt,
+        "response": response,
+        "text": f"{prompt}\n{response}",
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+    }
+
+
+def _questions(module: str, path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if answer := _answer(tree):
+        yield f"What is the Python module {module} for?", answer
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and (answer := _answer(node)):
+            yield f"What does {module}.{node.name}({ast.unparse(node.args)}) do?", answer
+        if isinstance(node, ast.ClassDef):
+            if answer := _answer(node):
+                yield f"What is {module}.{node.name}?", answer
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and (answer := _answer(method)):
+                    yield f"What does {module}.{node.name}.{method.name}({ast.unparse(method.args)}) do?", answer
+
+
+def _answer(node: ast.AST) -> str:
+    """The docstring's first paragraphs, up to MOST_CHARACTERS; empty where there is none worth asking for."""
+    text = inspect.cleandoc(ast.get_docstring(node) or "")
+    while len(text) > MOST_CHARACTERS and "\n\n" in text:
+        text = text[: text.rindex("\n\n")]
+    return text[:MOST_CHARACTERS].strip() if len(text) >= 20 else ""

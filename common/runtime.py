@@ -1,0 +1,181 @@
+"""The machine: precision, memory limits, seeds, signals, and a description of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+import torch
+
+from common.config import REPOSITORY, BaseConfig, RuntimeConfig
+from common.errors import UserError
+
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "deepspeed", "ray", "llm-foundry",
+             "mosaicml", "mlflow", "wandb")  # fmt: skip
+MOST_SKIPPED_STEPS = 5
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute type for `train.precision` on `device`, and the reason for it. Master weights stay fp32 in all cases.
+
+    Goes by compute capability: a T4 reports bf16 support, but only emulates it (pytorch/pytorch#148322).
+    Raises `UserError` for bf16 on a GPU that has none.
+    """
+    if device.type != "cuda":
+        name = "fp32" if precision == "auto" else precision
+        return DTYPES[name], f"{name}: {'the default on a CPU' if precision == 'auto' else 'as set'}"
+    capability = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
+    if precision == "bf16" and capability < (8, 0):
+        raise UserError(f"train.precision=bf16: {gpu}, has no bf16 (it needs 8.0); set train.precision=fp16 or auto")
+    if precision == "auto":
+        name = "bf16" if capability >= (8, 0) else "fp16"
+        return DTYPES[name], f"{name}: {gpu}, {'has' if name == 'bf16' else 'has no'} bf16"
+    return DTYPES[precision], f"{precision}: as set"
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise `UserError` for a GPU that the installed torch has no code for (a P100 under current builds, say)."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    built_for = torch.cuda.get_arch_list()  # such as sm_75, sm_90a, compute_120
+    for arch in built_for:
+        kind, number = arch.rstrip("af").split("_")
+        version = divmod(int(number), 10)
+        # Machine code runs on its own major version from its minor version up, PTX on everything newer.
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return
+    raise UserError(
+        f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) is not supported "
+        f"by torch {torch.__version__}, which is built for {', '.join(built_for)}: on Kaggle choose «GPU T4 x2»"
+    )
+
+
+def limit_gpu_memory(runtime: RuntimeConfig, device: torch.device) -> None:
+    """Let this process allocate at most `runtime.gpu_memory_limit_gib`: a large GPU then tells if a small would do."""
+    if runtime.gpu_memory_limit_gib and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if runtime.gpu_memory_limit_gib > total:
+            raise UserError(f"runtime.gpu_memory_limit_gib={runtime.gpu_memory_limit_gib}: the GPU has {total:.1f} GiB")
+        torch.cuda.set_per_process_memory_fraction(runtime.gpu_memory_limit_gib / total, device)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(cfg: BaseConfig) -> Iterator[None]:
+    """Turn PyTorch's out-of-memory error into a `UserError` that says which settings need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        smaller = (
+            [f"train.micro_batch_size={cfg.train.micro_batch_size // 2}"] if cfg.train.micro_batch_size > 1 else []
+        )
+        if not cfg.train.activation_checkpointing:
+            smaller.append("train.activation_checkpointing=true")
+        smaller.append(f"data.max_length={cfg.data.max_length // 2}")
+        raise UserError(f"{str(error).split('. GPU')[0]}. Try {', or '.join(smaller)}") from None
+
+
+def check_finite(step: int, loss: float, skipped: int) -> None:
+    """Raise `UserError` if the loss is not finite, or the fp16 loss scaler skipped MOST_SKIPPED_STEPS in a row."""
+    advice = "try train.precision=bf16 or fp32, a lower train.learning_rate, or more train.warmup_steps"
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of step {step} is {loss}: {advice}")
+    if skipped >= MOST_SKIPPED_STEPS:
+        raise UserError(f"step {step}: gradients overflowed fp16 in {skipped} steps in a row: {advice}")
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """Every random number generator of this process, in types that `torch.load(weights_only=True)` accepts."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class StopRequest:
+    """Notices that the run should stop: SIGTERM, Ctrl-C, or `runtime.max_hours` from now on.
+
+    `reason` is None until then. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, runtime: RuntimeConfig):
+        self._deadline = time.time() + runtime.max_hours * 3600 if runtime.max_hours else float("inf")
+        self._max_hours = runtime.max_hours
+        self._signal = ""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    @property
+    def reason(self) -> str | None:
+        if self._signal:
+            return self._signal
+        return f"runtime.max_hours={self._max_hours} is over" if time.time() > self._deadline else None
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name
+
+
+def describe_environment(world_size: int, precision: str) -> dict:
+    """What a figure of this run depends on besides its configuration; written to `environment.json`."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
+        "cpu_cores": os.cpu_count(),
+        "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "world_size": world_size,
+        "precision": precision,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,233 @@
+"""Fine-tune a language model with PyTorch DistributedDataParallel (DDP).
+
+Every GPU holds the whole model and works on its own part of each global batch. While a GPU still computes the backward
+pass, DDP already averages the finished gradients with those of the other GPUs, so all of them take the same step.
+
+    pytorch-ddp/launch.sh                                        # the real run: one process for each GPU found
+    pytorch-ddp/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
+    torchrun --nproc_per_node 2 pytorch-ddp/train.py             # the same as launch.sh on two GPUs
+    python pytorch-ddp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
+
+`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from common import data, errors, evaluation, models, runtime
+from common.checkpoints import Checkpoints, identity
+from common.config import BaseConfig, accumulation_steps, key, parse_config
+from common.errors import UserError
+from common.hub import check_can_push
+from common.loss import CausalLMLoss
+from common.run_folder import RunFolder
+from common.schedule import lr_schedule
+
+
+@dataclass
+class DDPConfig:
+    bucket_mb: int = key(25, "gradients are all-reduced in buckets of this many MB", minimum=1)
+    gradient_compression: str = key("none", "type that gradients travel in", choices=("none", "fp16", "bf16"))
+
+
+@dataclass
+class Config(BaseConfig):
+    ddp: DDPConfig = field(default_factory=DDPConfig)
+
+
+def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
+    """Join the process group that the launcher describes in the environment; return rank, world size and device."""
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if gpus and local_world_size > gpus:
+        raise UserError(f"{local_world_size} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    runtime.check_gpu(device)
+    if gpus:
+        torch.cuda.set_device(device)
+        runtime.limit_gpu_memory(cfg.runtime, device)
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    options = {"backend": "nccl" if gpus else "gloo", "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
+    if "RANK" in os.environ:
+        dist.init_process_group(**options)
+    else:  # started with plain python: a group of one
+        dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> DistributedDataParallel:
+    """The model on this rank's device, its weights fp32 masters, wrapped so that backward averages the gradients."""
+    model = models.load_model(cfg.model, cfg.seed).to(device)
+    model.train()
+    models.use_fused_attention(model, device, dtype)
+    if cfg.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.train.compile:
+        # NOTE: layer by layer and inside DDP. Compiled as one piece, the backward would hand over all gradients at its
+        # end, and nothing would be left to overlap their all-reduce with.
+        for layer in models.decoder_layers(model):
+            layer.compile()
+    ddp = DistributedDataParallel(
+        CausalLMLoss(model),
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        bucket_cap_mb=cfg.ddp.bucket_mb,
+    )
+    if cfg.ddp.gradient_compression != "none":
+        ddp.register_comm_hook(None, getattr(default_hooks, f"{cfg.ddp.gradient_compression}_compress_hook"))
+    return ddp
+
+
+def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
+    """This rank's training rows, and its share of the held-out batches."""
+    training, held_out = data.load_rows(cfg.data, cfg.seed)
+    rows = data.tokenize(training, cfg.data, tokenizer, show_progress=rank == 0)
+    held_out_rows = data.tokenize(held_out, cfg.data, tokenizer, packing="none")
+    batches = evaluation.held_out_batches(held_out_rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
+    return rows, batches
+
+
+def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device, dtype) -> tuple[float, float, int]:
+    """One optimizer step over the global batch; returns its loss, its gradient norm before clipping, and its tokens.
+
+    The loss is the sum of all token losses divided by the number of target tokens, both over the whole global batch.
+    """
+    counts = torch.tensor([batch.targets, batch.tokens], dtype=torch.float64, device=device)
+    dist.all_reduce(counts)
+    # DDP averages the gradients over the ranks; the loss is a sum over them.
+    scale = dist.get_world_size() / counts[0].float()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for i, micro_batch in enumerate(batch.micro_batches):
+        is_last = i == len(batch.micro_batches) - 1
+        # NOTE: no_sync must cover the forward as well as the backward. Gradients travel once a step, with the last one.
+        with contextlib.nullcontext() if is_last else model.no_sync():
+            micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(**micro_batch)
+            scaler.scale(loss * scale).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm or math.inf)
+    scaler.step(optimizer)  # does nothing if a gradient is not finite; gradients are equal, so all ranks agree
+    scaler.update()
+    optimizer.zero_grad(set_to_none=False)  # kept: they are views of DDP's buckets
+    dist.all_reduce(loss_sum)
+    return (loss_sum / counts[0]).item(), norm.item(), int(counts[1].item())
+
+
+def evaluate(model, batches, device, dtype) -> float:
+    """Mean token loss over the held-out rows, the same for any number of ranks."""
+    sums = evaluation.evaluate(model.module, batches, device, dtype)
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
+
+
+def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, schedule, scaler) -> None:
+    """Write everything that the next step depends on. All ranks hold the same model; only the RNG differs."""
+    rank = dist.get_rank()
+    if rank == 0:
+        checkpoints.begin(step)
+    dist.barrier()
+    folder = checkpoints.writing(step)
+    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    if rank == 0:
+        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"schedule": schedule.state_dict(), "scaler": scaler.state_dict()}, folder / "training.pt")
+    dist.barrier()
+    if rank == 0:
+        checkpoints.commit(step)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, model, optimizer, schedule, scaler) -> None:
+    """Put back what `save_checkpoint` wrote; the number of ranks may have changed."""
+    state = torch.load(folder / "training.pt", map_location="cpu", mmap=True, weights_only=True)
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    scaler.load_state_dict(state["scaler"])
+    rng = folder / f"rng-{dist.get_rank()}.pt"
+    if rng.exists():
+        runtime.set_rng_state(torch.load(rng, weights_only=True))
+
+
+def train(cfg: Config) -> None:
+    rank, world_size, device = setup_distributed(cfg)
+    stop = runtime.StopRequest(cfg.runtime)
+    dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
+    accumulation_steps(cfg, world_size)  # refuses a global batch that cannot be split
+    check_can_push(cfg)
+    runtime.seed_everything(cfg.seed)
+    environment = runtime.describe_environment(world_size, reason)
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    with RunFolder(cfg, "pytorch-ddp", rank == 0, environment, launcher) as run, runtime.explain_out_of_memory(cfg):
+        tokenizer = models.load_tokenizer(cfg.model)
+        models.load_model_config(cfg.model, cfg.data)  # refuses a data.max_length that the model does not take
+        rows, held_out = build_dataloaders(cfg, tokenizer, rank, world_size)
+        model = build_model(cfg, device, dtype)
+        groups = models.parameter_groups(model, cfg.train.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+        checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, identity(cfg, rows.fingerprint()))
+        found = [checkpoints.find(cfg.checkpoint.resume) if rank == 0 else None]
+        dist.broadcast_object_list(found)
+        first_step, folder = found[0] or (0, None)
+        loader = data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, world_size, first_step)
+        total_steps, steps_per_epoch = loader.batch_sampler.total_steps, loader.batch_sampler.steps_per_epoch
+        schedule = lr_schedule(cfg, optimizer, total_steps)
+        if folder:
+            load_checkpoint(folder, model, optimizer, schedule, scaler)
+        run.begin(model.module.model, device, dtype, first_step, total_steps)
+        if first_step == 0:
+            run.log_evaluation(0, evaluate(model, held_out, device, dtype))
+
+        skipped, clock = 0, time.perf_counter()
+        for step, batch in enumerate(loader, first_step + 1):
+            learning_rate, loss_scale = schedule.get_last_lr()[0], scaler.get_scale()
+            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device, dtype)
+            schedule.step()
+            skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
+            runtime.check_finite(step, loss, skipped)
+            run.log_step(
+                step,
+                epoch=round(step / steps_per_epoch, 4),
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                seconds=time.perf_counter() - clock,
+            )
+            stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
+            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
+                run.log_evaluation(step, evaluate(model, held_out, device, dtype))
+            if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
+                save_checkpoint(checkpoints, step, model, optimizer, schedule, scaler)
+            if stopping and step < total_steps:
+                return run.finish("interrupted", stop.reason)
+            clock = time.perf_counter()
+        run.save_model(model.module.model, tokenizer)
+        run.finish("completed")
+    dist.barrier()  # the other ranks wait for the export and the upload
+
+
+def main() -> None:
+    train(parse_config(Config, __file__))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    errors.run(main)
