@@ -122,7 +122,7 @@ def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
             return UserError(f"{where} is gated, and your token's account has no access yet: ask for it at {page}")
         return UserError(f"{where} is gated: ask for access at {page}, then set HF_TOKEN to a token of that account")
     if any(isinstance(e, RevisionNotFoundError) for e in chain):
-        return UserError(f"{where} has no such revision: set {key}.revision to one that is listed at {page}/tree/main")
+        return UserError(f"{where} has no such revision: set model.revision to one that is listed at {page}/tree/main")
     if any(isinstance(e, RepositoryNotFoundError) for e in chain) or "DatasetNotFoundError" in text:
         private = "private to others than your token's account" if token() else "private, which needs HF_TOKEN"
         return UserError(f"{where} is not on the Hub: misspelt, or {private}; {local}")
