@@ -131,17 +131,15 @@ class Tracker:
                     backend.log_artifact(path)
             backend.finish(self._status)
         except Exception as error:  # whatever a tracking library raises, the training goes on
-            self._fail(error)
+            self._fail(_without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__)
             self._started.set()
 
-    def _fail(self, reason: object) -> None:
+    def _fail(self, reason: str) -> None:
         with self._lock:  # the thread may fail in the moment in which `finish` gives it up
             backend, self._backend = self._backend, None
         if backend:
-            line = next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)
             print(
-                f"warning: tracking.backend={self._name} is off from here on, the training is not affected: "
-                f"{_without_secrets(line)[:500]}",
+                f"warning: tracking.backend={self._name} is off from here on, the training is not affected: {reason}",
                 file=sys.stderr,
                 flush=True,
             )
