@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None) -> di
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
             [*(f"{k}={v}" for k, v in variables.items()), "torchrun", "--nproc_per_node", str(gpus), *script]
-            + [Path(s).name if s.startswith("/") else s for s in [*common_settings, *settings]]
+            + [re.sub(r"=/.*/", "=", setting) for setting in [*common_settings, *settings]]
         ),
         "settings": dict(s.split("=", 1) for s in settings),
         "gpus": gpus,

@@ -174,7 +174,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "world_size": world_size,
         "precision": precision,
         "git_commit": _git_commit(),
