@@ -225,7 +225,7 @@ def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> 
             data.prompt_template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt})
             for i, prompt in enumerate(prompts)
         ]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}); "
             f"the columns are {', '.join(columns)}, and prompt"
