@@ -41,7 +41,10 @@ class Checkpoints:
         self.writing(step).mkdir(parents=True)
 
     def commit(self, step: int) -> Path:
-        """Make the written folder a checkpoint: list its files with their checksums, rename it, drop the oldest."""
+        """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
+
+        Checkpoints of later steps are dropped as well: the run went on from an earlier one, or was started anew.
+        """
         folder, final = self.writing(step), self.root / f"step-{step:08d}"
         files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         manifest = {"step": step, "identity": self.identity, "files": files}
@@ -49,7 +52,9 @@ class Checkpoints:
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
-        for _, old in self._all()[self.keep :]:
+        found = self._all()
+        later = sum(at > step for at, _ in found)
+        for _, old in found[:later] + found[later + self.keep :]:
             shutil.rmtree(old)
         return final
 
