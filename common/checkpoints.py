@@ -48,6 +48,7 @@ class Checkpoints:
         folder, final = self.writing(step), self.root / f"step-{step:08d}"
         files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         manifest = {"step": step, "identity": self.identity, "files": files}
+        manifest["crc32"] = _checksum(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
@@ -103,10 +104,12 @@ def identity(cfg: BaseConfig, data_fingerprint: str) -> dict:
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("crc32") != _checksum(manifest):
+            return f"{MANIFEST} has another checksum than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST} in it"
-    for name, expected in files.items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -115,6 +118,10 @@ def damage(folder: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} has another checksum than when it was written"
     return None
+
+
+def _checksum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _fingerprint(path: Path) -> dict:
