@@ -184,7 +184,7 @@ def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
 
 
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
-    texts = [text for text in _texts(batch, data.text_column, start, data) if text]  # to some tokenizers "" is a BOS
+    texts = [text for text in _texts(batch, data.text_column, start, data) if text.strip()]
     for ids in _ids(tokenizer, texts) if texts else ():
         yield _with_eos(ids, tokenizer), 0
 

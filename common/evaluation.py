@@ -34,7 +34,7 @@ from common.config import BaseConfig, DataConfig, ModelConfig
 from common.data import TokenizedRows, collate, load_rows, prompt_and_reference, tokenize
 from common.errors import UserError
 from common.loss import IGNORE, CausalLMLoss
-from common.models import load_model, load_tokenizer
+from common.models import load_model, load_tokenizer, use_fused_attention
 from common.runtime import check_gpu, describe_environment, limit_gpu_memory, resolve_precision
 
 if TYPE_CHECKING:
@@ -262,6 +262,7 @@ def _measure(
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     tokenizer = load_tokenizer(source, cfg.seed)
     model = load_model(source, cfg.seed).to(device)
+    use_fused_attention(model, device, dtype)
     rows = tokenize(held_out, cfg.data, tokenizer, packing="none")
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
@@ -334,5 +335,11 @@ def _print(results: dict[str, Any], run_dir: Path) -> None:
     for number, sample in enumerate(results["samples"], 1):
         print(f"\nsample {number}")
         for label, key in SAMPLE_PARTS:
-            print(f"  {label:<11} {textwrap.shorten(sample[key], 84, placeholder=' …') or '(blank)'}")
+            print(f"  {label:<11} {_one_line(sample[key], 84) or '(blank)'}")
     print(f"\nin {run_dir}:\n  eval.json  samples.md  plots/eval.png")
+
+
+def _one_line(text: str, width: int) -> str:
+    """`text` on one line of at most `width` characters; cut within a word if need be: a model may write no spaces."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 2]} …"

@@ -157,7 +157,7 @@ def _draw_throughput(axes: Axes, metrics: list[dict]) -> None:
     if points := series(metrics, "tokens_per_second"):
         median = statistics.median(points.values())
         axes.plot(*_xy(points), color=COLOURS[0], linewidth=1.5, label="each step")
-        axes.axhline(median, color=COLOURS[1], linestyle="--", label=f"median {median:,.0f}")
+        axes.axhline(median, color=COLOURS[1], linestyle="--", label=f"median step {median:,.0f}")
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.legend()

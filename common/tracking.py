@@ -88,7 +88,7 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """Where to look: a command or an address; empty when there is no tracker, or none yet."""
+        """Where to look, also after `finish`: a command or an address; empty when there is no tracker, or none yet."""
         return _without_secrets(self._backend.url) if self._backend else ""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -104,14 +104,13 @@ class Tracker:
     def finish(self, status: str) -> None:
         """Send what is left and close the run as `completed`, `interrupted` or `failed`; a second call does nothing."""
         backend = self._backend
-        if not backend:
+        if not backend or self._status:
             return
         self._status = status
         self._wake.set()
         self._wait(self._thread.join, PATIENCE)
         if self._thread.is_alive():
             self._fail(f"no answer in time; {backend.remedy}")
-        self._backend = None
 
     def _wait(self, wait: Any, limit: float) -> None:
         began = time.monotonic()
@@ -132,17 +131,15 @@ class Tracker:
                     backend.log_artifact(path)
             backend.finish(self._status)
         except Exception as error:  # whatever a tracking library raises, the training goes on
-            self._fail(error)
+            self._fail(_without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__)
             self._started.set()
 
-    def _fail(self, reason: object) -> None:
+    def _fail(self, reason: str) -> None:
         with self._lock:  # the thread may fail in the moment in which `finish` gives it up
             backend, self._backend = self._backend, None
         if backend:
-            line = next((line for line in str(reason).splitlines() if line.strip()), type(reason).__name__)
             print(
-                f"warning: tracking.backend={self._name} is off from here on, the training is not affected: "
-                f"{_without_secrets(line)[:500]}",
+                f"warning: tracking.backend={self._name} is off from here on, the training is not affected: {reason}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -200,7 +200,7 @@ def test_of_a_conversation_only_the_assistant_s_turns_are_targets(family):
 
 def test_rows_with_nothing_to_learn_are_dropped():
     for family in FAMILIES:
-        rows = encode([{"text": ""}, {"text": "kept"}, {"text": ""}], family)
+        rows = encode([{"text": ""}, {"text": "kept"}, {"text": " \n"}], family)
         assert len(rows) == 1, family
     long_prompt = {"prompt": "many words of a prompt " * 10, "response": "never seen"}
     short = {"prompt": "p", "response": "r"}

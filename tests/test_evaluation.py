@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from matplotlib.image import imread
 
 from common.config import BaseConfig, DataConfig, ModelConfig
@@ -30,7 +31,7 @@ from common.evaluation import (
     questions,
 )
 from common.loss import IGNORE, CausalLMLoss
-from common.models import load_model, load_tokenizer
+from common.models import load_model, load_tokenizer, repeat_grouped_heads
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ["qwen2", "llama", "opt", "bloom"]
@@ -194,6 +195,18 @@ def test_left_padded_answers_equal_one_by_one(family):
     assert len({token for answer in ids for token in answer}) > 6  # the comparison had something to compare
 
 
+@pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers repeats them itself")
+def test_answers_do_not_change_where_grouped_heads_are_repeated():
+    tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
+    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    make_greedy(model, tokenizer)
+    expected = generate(model, tokenizer, prompts, 12, torch.float32)
+    repeat_grouped_heads(model)  # what a T4 needs
+    assert model.config._attn_implementation == "sdpa_repeated_heads"
+    assert generate(model, tokenizer, prompts, 12, torch.float32) == expected
+    assert generate(model, tokenizer, prompts[:1], 12, torch.float32) == expected[:1]  # nothing is padded
+
+
 def test_any_end_token_of_the_model_stops_an_answer():
     tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
     prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
@@ -314,6 +327,8 @@ def test_one_and_two_processes_write_the_same_figures(project, tmp_path):
     assert done.stdout.count("37 held-out rows") == 1 and done.stdout.count("sample 1") == 1
     table = done.stdout[done.stdout.index("37 held-out rows") : done.stdout.index("\nin ")]
     assert max(map(len, table.splitlines())) <= 100
+    first = alone["samples"][0]
+    assert all(" ".join(first[part].split())[:80] in table for part in ("prompt", "reference", "base", "fine_tuned"))
     page = (run_dir / "samples.md").read_text()
     assert all(part in page for part in ("## 3", "**base**", "**fine-tuned**", alone["samples"][0]["reference"][:40]))
     assert imread(run_dir / "plots" / "eval.png")[..., :3].std() > 0.05
@@ -332,7 +347,9 @@ def test_texts_have_samples_but_no_answer_scores(tmp_path, capsys):
     assert (results["fine_tuned"]["loss"], results["fine_tuned"]["tokens"]) == (pytest.approx(total / targets), targets)
     assert results["fine_tuned"]["model"] == "model" and results["base"]["model"] == "tiny:llama"
     assert "rouge_l" not in results["base"] and "ROUGE" not in capsys.readouterr().out
-    assert len(results["samples"]) == 4 and all(sample["fine_tuned"].strip() for sample in results["samples"])
+    texts = load_rows(cfg.data, cfg.seed)[1]["text"][:4]
+    assert [sample["prompt"] + sample["reference"] for sample in results["samples"]] == [text.strip() for text in texts]
+    assert any(sample["fine_tuned"].strip() != sample["base"].strip() for sample in results["samples"])
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ for step in range(first, last + 1):
 tracker.log_artifacts(run_dir / "plots")
 tracker.finish(status)
 tracker.finish("failed")
+print("url afterwards:", tracker.url)
 print("seconds:", time.monotonic() - began)
 print("slowest log:", slowest)
 """
@@ -179,7 +180,7 @@ def test_mlflow_in_a_sqlite_file_and_resumed(run_dir: Path):
     printed, stderr, _ = train(run_dir, "mlflow", 1, 20, "interrupted", HF_TOKEN=SECRET)
     assert stderr == ""
     uri = f"sqlite:///{run_dir.parent / 'mlflow.db'}"
-    assert printed["url"] == f"mlflow ui --backend-store-uri '{uri}'"
+    assert printed["url"] == printed["url afterwards"] == f"mlflow ui --backend-store-uri '{uri}'"
     client, run = read_mlflow(uri)
     assert (run.info.run_name, run.info.status) == ("first", "KILLED")
     assert steps_of(client, run, "loss") == {step: 1 / step for step in range(1, 21)}
