@@ -290,7 +290,7 @@ def _is_text(f: dataclasses.Field) -> bool:
 
 def _typed_text(value: str) -> str:
     """A text of the command line as it was typed; in quotes it is YAML's, so that "\\n" is a new line."""
-    if value in ("", "null"):
+    if value == "null":
         return ""
     return yaml.safe_load(value) if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
