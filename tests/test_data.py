@@ -283,13 +283,15 @@ def steps(cfg: BaseConfig, rank: int = 0, world_size: int = 1, first_step: int =
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_n_ranks_see_the_batches_of_one(world_size):
     cfg = config(epochs=2.5)
-    alone = steps(cfg)
+    alone, lengths = steps(cfg), made_up_rows(53).lengths
     shares = [steps(cfg, rank, world_size) for rank in range(world_size)]
     assert len(alone) == 15  # 6 global batches of 8 fit into 53 rows
     for step, batch in enumerate(alone):
         parts = [share[step] for share in shares]
         assert {len(part) for part in parts} == {8 // world_size}
         assert sorted(chain(*parts)) == sorted(batch)
+        work = [sum(lengths[part]) for part in parts]
+        assert max(work) - min(work) <= max(lengths), "no rank gets all the long rows"
 
 
 def test_an_epoch_sees_a_row_at_most_once_and_the_next_is_in_another_order():
