@@ -20,8 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from common.metrics import JsonLines
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-SPEED = ["data.max_length=1024", "train.global_batch_size=256", "train.micro_batch_size=64", "train.max_steps=16",
+SPEED = ["data.max_length=1024", "train.global_batch_size=256", "train.micro_batch_size=64", "train.max_steps=12",
          "train.precision=bf16", "train.compile=true", "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip
 T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "data.max_length=512", "train.global_batch_size=32",
       "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip
@@ -66,6 +68,7 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None) -> di
             text=True,
         )
         summary = read_json(Path(folder) / "run" / "summary.json")
+        steps = JsonLines(Path(folder) / "run" / "metrics.jsonl").read()
         environment = read_json(Path(folder) / "run" / "environment.json")
     if done.returncode:
         print(done.stdout[-3000:])
@@ -83,6 +86,7 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None) -> di
         "gpus": gpus,
         "matmul_ceiling_tflops": ceiling,
         "summary": summary,
+        "first_steps": steps[:6],
         "environment": environment,
     }
 

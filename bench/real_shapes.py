@@ -32,7 +32,10 @@ def write_model_folder(name: str, folder: Path, texts: list[str]) -> None:
     end = "<|endoftext|>"
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, VOCABULARY, special_tokens=[end], show_progress=False)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.token_to_id(end)
+    # No padding token, as published: its embedding would be zero. A sequence that begins with it would be zero in every
+    # layer, and each RMSNorm would multiply its gradient by a thousand.
+    config.bos_token_id = config.eos_token_id = tokenizer.token_to_id(end)
+    config.pad_token_id = None
     config.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=end, pad_token=end).save_pretrained(folder)
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from common import pydoc_data
 from common.config import BaseConfig, DataConfig
 from common.errors import UserError
-from common.hub import explain_hub_error
+from common.hub import explain_hub_error, token
 from common.loss import IGNORE, count_targets
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
             raise UserError(f"data.name={data.name}: cannot be read as {path.suffix[1:]}: {reason}") from error
     else:
         try:
-            rows = datasets.load_dataset(data.name, data.subset or None, split=split)
+            rows = datasets.load_dataset(data.name, data.subset or None, split=split, token=token())
         except Exception as error:
             raise explain_hub_error(error, "data set", data.name) from error
     if len(rows) == 0:
@@ -180,7 +180,7 @@ def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
     """Labels of `ids`; `targets` is the first target's position, or says of each token whether it is one."""
     if isinstance(targets, int):
         return [IGNORE] * min(targets, len(ids)) + ids[targets:]
-    return [token if is_target else IGNORE for token, is_target in zip(ids, targets, strict=True)]
+    return [each if is_target else IGNORE for each, is_target in zip(ids, targets, strict=True)]
 
 
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:

@@ -51,13 +51,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class HostMemory:
-    """Peak memory in GiB of a process and all below it, sampled by a thread.
+    """Peak memory in GiB of a process and all below it, sampled every second by a thread.
 
-    Pages that several processes share (libraries, chiefly) are counted once: the sum of the private pages, plus the
-    largest shared part.
+    Sums the proportional set sizes: a page that several processes share (libraries, forked workers) counts once. Where
+    the system does not tell (macOS), resident set sizes, which count it once a process.
     """
 
-    def __init__(self, root_pid: int | None = None, every_seconds: float = 0.5):
+    def __init__(self, root_pid: int | None = None, every_seconds: float = 1.0):
         self.peak_gib = 0.0
         self._root = psutil.Process(root_pid or os.getpid())
         self._stopped = threading.Event()
@@ -69,20 +69,22 @@ class HostMemory:
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
-            private, shared = 0, 0
             try:
-                for process in [self._root, *self._root.children(recursive=True)]:
-                    try:
-                        memory = process.memory_info()
-                    except psutil.Error:  # it ended meanwhile
-                        continue
-                    process_shared = getattr(memory, "shared", 0)
-                    private += memory.rss - process_shared
-                    shared = max(shared, process_shared)
+                processes = [self._root, *self._root.children(recursive=True)]
             except psutil.Error:
                 return
-            self.peak_gib = max(self.peak_gib, (private + shared) / 2**30)
+            self.peak_gib = max(self.peak_gib, sum(map(_host_bytes, processes)) / 2**30)
             self._stopped.wait(self._every)
+
+
+def _host_bytes(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_full_info()
+    except psutil.AccessDenied:
+        memory = process.memory_info()
+    except psutil.Error:  # it has ended meanwhile
+        return 0
+    return getattr(memory, "pss", memory.rss)
 
 
 def peak_gpu_gib(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from common import pydoc_data
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
-from common.hub import explain_hub_error
+from common.hub import explain_hub_error, token
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -47,7 +47,7 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision, token=token())
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
         raise explain_hub_error(error, "model", model.name) from error
     if tokenizer.eos_token_id is None:
@@ -69,12 +69,13 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
             vocab_size=TINY_VOCABULARY,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            # None: transformers gives a padding token a zero embedding that never trains, and here it is EOS as well.
+            pad_token_id=None,
             **TINY_SHAPES[family],
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(model.name, revision=model.revision)
+            config = AutoConfig.from_pretrained(model.name, revision=model.revision, token=token())
         except Exception as error:
             raise explain_hub_error(error, "model", model.name) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -95,13 +96,18 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
     config = load_model_config(model)
     dtype_key = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
     if _tiny_family(model.name) or model.random_weights:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = AutoModelForCausalLM.from_config(config, **{dtype_key: dtype})
     else:
         try:
             built = AutoModelForCausalLM.from_pretrained(
-                model.name, revision=model.revision, config=config, trust_remote_code=False, **{dtype_key: dtype}
+                model.name,
+                revision=model.revision,
+                config=config,
+                token=token(),
+                trust_remote_code=False,
+                **{dtype_key: dtype},
             )
         except Exception as error:
             raise explain_hub_error(error, "model", model.name) from error
@@ -198,7 +204,7 @@ def _tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TINY_VOCABULARY,
-        special_tokens=[AddedToken(token, special=True) for token in special],
+        special_tokens=[AddedToken(text, special=True) for text in special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -56,7 +56,7 @@ def read_summary(run_dir: str | Path) -> dict:
     if not summary and not points:
         raise UserError(f"{run_dir}: neither summary.json nor metrics.jsonl: train first, or name another run folder")
     losses = list(points.values()) or [None]
-    known = {"status": "unfinished", "steps": max(points, default=0), "loss_first": losses[0], "loss_last": losses[-1]}
+    known = {"status": "unfinished", "steps": max(points, default=0), "first_loss": losses[0], "last_loss": losses[-1]}
     return known | summary
 
 
@@ -84,7 +84,7 @@ def _summary_lines(summary: dict) -> list[tuple[str, str]]:
     return [
         ("status", summary["status"]),
         ("steps", show("steps", ",")),
-        ("training loss", f"{show('loss_first', '.4f')} → {show('loss_last', '.4f')}"),
+        ("training loss", f"{show('first_loss', '.4f')} → {show('last_loss', '.4f')}"),
         ("held-out loss", f"{show('eval_loss_before', '.4f')} → {show('eval_loss_after', '.4f')}"),
         ("tokens/s", show("tokens_per_second", ",.0f")),
         ("MFU", show("mfu", ".1%")),

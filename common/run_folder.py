@@ -119,9 +119,9 @@ class RunFolder:
         report.print_summary(self.path)
         if self._tracker.url:
             print(f"tracker  {self._tracker.url}")
-        if status == "completed":
+        if self.cfg.hub.repo_id and status == "completed":
             push_to_hub(self.cfg, self.path, self.model)
-        if self.cfg.hub.push_checkpoints:
+        if self.cfg.hub.repo_id and self.cfg.hub.push_checkpoints:
             push_to_hub(self.cfg, self.path, self.checkpoints, path_in_repo="checkpoints")
 
     def summarize(self, status: str) -> dict:

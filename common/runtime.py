@@ -96,6 +96,18 @@ def check_finite(step: int, loss: float, skipped: int) -> None:
         raise UserError(f"step {step}: gradients overflowed fp16 in {skipped} steps in a row: {advice}")
 
 
+def only_main_shows_progress(is_main: bool) -> None:
+    """Silence the libraries' progress bars: those of short work everywhere, those of downloads on all ranks but one."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)

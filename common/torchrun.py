@@ -11,7 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
         main()
     except ChildFailedError as error:

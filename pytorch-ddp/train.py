@@ -170,6 +170,7 @@ def train(cfg: Config) -> None:
     accumulation_steps(cfg, world_size)  # refuses a global batch that cannot be split
     check_can_push(cfg)
     runtime.seed_everything(cfg.seed)
+    runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     with RunFolder(cfg, "pytorch-ddp", rank == 0, environment, launcher) as run, runtime.explain_out_of_memory(cfg):

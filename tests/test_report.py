@@ -27,7 +27,7 @@ def write_run(folder: Path, project: str = "pytorch-ddp", gpu: float = 9.1, spee
         )  # fmt: skip
     lines.append({"step": 60, "eval_loss": 2.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = {"project": project, "status": "completed", "steps": 60, "loss_first": 3.25, "loss_last": 2.17,
+    summary = {"project": project, "status": "completed", "steps": 60, "first_loss": 3.25, "last_loss": 2.17,
                "eval_loss_before": 3.5, "eval_loss_after": 2.2, "tokens_per_second": speed, "mfu": 0.312,
                "peak_gpu_gib": gpu, "peak_host_gib": 3.2, "seconds": 812.4}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
