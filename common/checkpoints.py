@@ -41,15 +41,21 @@ class Checkpoints:
         self.writing(step).mkdir(parents=True)
 
     def commit(self, step: int) -> Path:
-        """Make the written folder a checkpoint: list its files with their checksums, rename it, drop the oldest."""
+        """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
+
+        Checkpoints of later steps are dropped as well: the run went on from an earlier one, or was started anew.
+        """
         folder, final = self.writing(step), self.root / f"step-{step:08d}"
         files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         manifest = {"step": step, "identity": self.identity, "files": files}
+        manifest["crc32"] = _checksum(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
-        for _, old in self._all()[self.keep :]:
+        found = self._all()
+        later = sum(at > step for at, _ in found)
+        for _, old in found[:later] + found[later + self.keep :]:
             shutil.rmtree(old)
         return final
 
@@ -98,10 +104,12 @@ def identity(cfg: BaseConfig, data_fingerprint: str) -> dict:
 def damage(folder: Path) -> str | None:
     """What is wrong with the checkpoint in `folder`; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("crc32") != _checksum(manifest):
+            return f"{MANIFEST} has another checksum than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST} in it"
-    for name, expected in files.items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -110,6 +118,10 @@ def damage(folder: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} has another checksum than when it was written"
     return None
+
+
+def _checksum(manifest: dict) -> int:
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _fingerprint(path: Path) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,10 +138,11 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
         usage="%(prog)s [--config FILE] [key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys:\n" + describe_keys(config_class),
+        allow_abbrev=False,
     )
     parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name beside the script")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    arguments, unknown = parser.parse_known_args(argv)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)  # --config may stand between the settings
     for flag in unknown:
         raise UserError(f"unknown option {flag}: settings are written key=value, without dashes (see --help)")
 
@@ -162,21 +164,27 @@ def load_config(config_class: type[C], path: Path, overrides: list[str]) -> C:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{path}{place}: not valid YAML: {problem}") from None
+    except (OSError, ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not mapping:
         raise UserError(f"{path}: must hold `key: value` lines")
+    known = {name: f for name, f, _ in walk(config_class)}
+    from_command_line = OmegaConf.create()
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        name, equals, value = override.partition("=")
+        if not name or not equals:
             raise UserError(f"{override!r}: settings are written key=value, for example train.max_steps=20")
-    try:
-        from_command_line = OmegaConf.from_dotlist(overrides)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"command line: {str(error).splitlines()[0]}") from None
+        try:
+            if name in known and _is_text(known[name]):
+                OmegaConf.update(from_command_line, name, _typed_text(value))
+            else:
+                from_command_line.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"command line: {override}: {str(error).splitlines()[0]}") from None
 
     merged = OmegaConf.structured(config_class)
-    known = {name: f for name, f, _ in walk(config_class)}
     for source, values in ((str(path), from_file), ("command line", from_command_line)):
         _refuse_unknown_keys(source, OmegaConf.to_container(values, resolve=False), known)
         try:
@@ -214,7 +222,7 @@ def describe_keys(config_class: type) -> str:
     lines = []
     for name, f, default in walk(config_class):
         choices = f" ({'|'.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""
-        lines.append(f"  {name}={default!r}  {f.metadata.get('help', '')}{choices}".replace("%", "%%"))
+        lines.append(f"  {name}={default!r}  {f.metadata.get('help', '')}{choices}")
     return "\n".join(lines)
 
 
@@ -261,12 +269,30 @@ def _refuse_unknown_keys(source: str, values: Any, known: dict[str, dataclasses.
                 raise UserError(f"{source}: {dotted} is a section, not a value: set one of its keys, as in {dotted}.…=")
             _refuse_unknown_keys(source, value, known, f"{dotted}.")
         elif dotted not in known:
-            if "token" in str(name) or "api_key" in str(name):
-                raise UserError(f"{source}: {dotted}: a secret is no setting; put it in HF_TOKEN or WANDB_API_KEY")
+            while isinstance(value, dict) and value:  # the section is misspelt: name the whole key
+                name, value = next(iter(value.items()))
+                dotted += f".{name}"
             near = difflib.get_close_matches(dotted, [*known, *sections], n=1, cutoff=0.6)
-            by_leaf = [k for k in known if k.split(".")[-1] == str(name)]
-            hint = f"; did you mean {(by_leaf or near)[0]}?" if by_leaf or near else " (see --help for all keys)"
+            if str(name).lower().endswith(("token", "api_key")) and not any("token" in k for k in near):
+                raise UserError(f"{source}: {dotted}: a secret is no setting; put it in HF_TOKEN or WANDB_API_KEY")
+            same_leaf = [k for k in known if k.split(".")[-1] == str(name)]
+            near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0) or near
+            hint = f"; did you mean {near[0]}?" if near else " (see --help for all keys)"
             raise UserError(f"{source}: unknown key {dotted}{hint}")
+        elif _is_text(known[dotted]) and not isinstance(value, str):
+            # YAML reads a commit such as 0123456 as a number, and its text would be another one.
+            raise UserError(f'{source}: {dotted} is {value}, not text: write it in quotes (nothing: "")')
+
+
+def _is_text(f: dataclasses.Field) -> bool:
+    return isinstance(f.default, str)
+
+
+def _typed_text(value: str) -> str:
+    """A text of the command line as it was typed; in quotes it is YAML's, so that "\\n" is a new line."""
+    if value == "null":
+        return ""
+    return yaml.safe_load(value) if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
 def _check_value(name: str, value: Any, metadata: Any) -> None:
@@ -276,5 +302,7 @@ def _check_value(name: str, value: Any, metadata: Any) -> None:
         raise UserError(
             f"{name}={value} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} is not a finite number")
     if minimum is not None and value < minimum:
         raise UserError(f"{name}={value} is too small: the least is {minimum:g}")

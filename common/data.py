@@ -38,6 +38,11 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
     The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, data set, split or
     column, and where there are too few rows.
     """
+    if data.eval_split == data.split:
+        raise UserError(
+            f"data.eval_split={data.eval_split} is data.split: held-out rows would train; set data.eval_split= (empty) "
+            f"to hold out rows of that split"
+        )
     rows = _load_split(data, data.split)
     order = np.random.default_rng(seed).permutation(len(rows))
     if data.eval_split:
@@ -57,9 +62,15 @@ def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     import datasets
 
     path = Path(data.name).expanduser()
-    if data.name == "pydoc":
+    embedded, is_file = data.name == "pydoc", path.suffix in READERS
+    if (embedded or is_file) and split != "train":
+        raise UserError(
+            f"data.name={data.name} has no split {split}: set data.split=train, and data.eval_split= (empty) to hold "
+            f"out rows of it"
+        )
+    if embedded:
         rows = datasets.Dataset.from_list(pydoc_data.rows())
-    elif path.suffix in READERS:
+    elif is_file:
         if not path.is_file():
             raise UserError(f"data.name={data.name}: no such file")
         if path.stat().st_size == 0:
@@ -215,7 +226,7 @@ def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> 
             data.prompt_template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt})
             for i, prompt in enumerate(prompts)
         ]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}); "
             f"the columns are {', '.join(columns)}, and prompt"
