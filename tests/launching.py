@@ -1,0 +1,95 @@
+"""Start a project as its user does, and read what it left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from conftest import REPOSITORY
+
+# Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
+SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.eval_rows=16"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment, with the repository's code first, one thread a process and no Hub token of ours."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "MLFLOW_"))}
+    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
+    return (
+        kept
+        | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
+        | variables
+    )
+
+
+def command(project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml") -> list[str]:
+    """With one process plain `python train.py`; with more, the project's launch.sh."""
+    start = [f"{project}/launch.sh"] if processes > 1 else [sys.executable, f"{project}/train.py"]
+    return [*start, "--config", config, *settings]
+
+
+def start(project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", **variables: str):
+    """The running process; its output is merged."""
+    return subprocess.Popen(
+        command(project, *settings, processes=processes, config=config),
+        cwd=REPOSITORY,
+        env=environment(NPROC_PER_NODE=str(processes), **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
+    """Run to the end, check the exit code, return the output."""
+    process = start(project, *settings, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == exit_code, output
+    return output
+
+
+def error_line(output: str) -> str:
+    """The one line that says what was wrong; no traceback stands beside it."""
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in output, output
+    return lines[0]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple]:
+    """What must not differ between two runs: (step, loss, learning rate, gradient norm) and the held-out losses."""
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss")
+    return [tuple(record.get(name) for name in names) for record in metrics(run_dir)]
+
+
+def losses(run_dir: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    return [(record["loss"], record["grad_norm"]) for record in metrics(run_dir) if "loss" in record]
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Return as soon as the run has logged `step`."""
+    deadline = time.monotonic() + 120
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL the launcher and everything below it at once."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=30)
+    process.communicate()

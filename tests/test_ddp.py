@@ -1,0 +1,313 @@
+"""pytorch-ddp by its real launchers: equality with one process and with a plain loop, kill and resume, failures."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, refused
+from launching import (
+    SMOKE,
+    command,
+    curve,
+    environment,
+    error_line,
+    kill_all,
+    losses,
+    metrics,
+    run,
+    start,
+    wait_for_step,
+)
+from transformers import AutoModelForCausalLM
+
+from common import data, models
+from common.config import load_config
+
+PROJECT = "pytorch-ddp"
+STEPS = 30
+# At smoke.yaml's learning rate of 5e-3, rounding errors of the first steps grow to 1e-4 in thirty.
+EQUAL = [
+    *SMOKE,
+    f"train.max_steps={STEPS}",
+    "train.learning_rate=1e-3",
+    "train.lr_schedule=constant",
+    "train.warmup_steps=0",
+]
+
+
+def load_train():
+    """pytorch-ddp/train.py as a module: project folders are no packages."""
+    spec = importlib.util.spec_from_file_location("ddp_train", REPOSITORY / PROJECT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_close(ours, theirs, relative):
+    assert len(ours) == len(theirs)
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+        assert a == pytest.approx(b, rel=relative), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+def plain_loop() -> list[tuple[float, float]]:
+    """The reference: `model(input_ids, labels)` on whole global batches and `torch.optim.AdamW`, nothing of ours."""
+    cfg = load_config(load_train().Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
+    model = models.load_model(cfg.model, cfg.seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.learning_rate, weight_decay=0)
+    curve = []
+    for indices in data.StepSampler(rows, cfg, rank=0, world_size=1):
+        batch = data.collate([rows[i] for i in indices], tokenizer.pad_token_id)
+        mask = (batch["input_ids"] != tokenizer.pad_token_id) | (batch["labels"] != -100)
+        loss = model(**batch, attention_mask=mask.long()).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 4), (1, 16), (2, 1), (2, 2), (2, 4)])
+def test_losses_and_gradient_norms_are_those_of_a_plain_loop(plain_loop, tmp_path, processes, micro_batch):
+    run(PROJECT, *EQUAL, f"train.micro_batch_size={micro_batch}", f"output_dir={tmp_path}", processes=processes)
+    assert_close(losses(tmp_path), plain_loop, 1e-5)
+
+
+def test_ranks_of_the_equality_tests_have_unequal_target_counts():
+    cfg = load_config(load_train().Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
+    targets = [[step.targets for step in data.step_loader(rows, cfg, 0, rank, 2)] for rank in range(2)]
+    differing = sum(a != b for a, b in zip(*targets, strict=True))
+    assert differing > STEPS * 0.8
+    assert any(
+        batch["labels"].eq(-100).any() for batch in next(iter(data.step_loader(rows, cfg, 0, 0, 2))).micro_batches
+    )
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(plain_loop, tmp_path):
+    """launch.sh on each of two "machines": the usual NNODES, NODE_RANK, MASTER_ADDR."""
+    nodes = [
+        subprocess.Popen(
+            command(PROJECT, *EQUAL, f"output_dir={tmp_path}"),
+            cwd=REPOSITORY,
+            env=environment(
+                NPROC_PER_NODE="1", NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29617"
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert_close(losses(tmp_path), plain_loop, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "processes", "relative"),
+    [
+        (["train.activation_checkpointing=true"], 1, 1e-5),
+        (["train.compile=true"], 1, 1e-4),
+        (["train.precision=bf16"], 1, 2e-2),
+        (["train.precision=fp16"], 1, 2e-2),
+        (["ddp.gradient_compression=bf16"], 2, 2e-2),
+        (["ddp.gradient_compression=fp16"], 2, 2e-2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_options_train_alike(plain_loop, tmp_path, settings, processes, relative):
+    steps = 8
+    run(PROJECT, *EQUAL, f"train.max_steps={steps}", *settings, f"output_dir={tmp_path}", processes=processes)
+    ours = [loss for loss, _ in losses(tmp_path)]
+    assert ours == pytest.approx([loss for loss, _ in plain_loop[:steps]], rel=relative)
+    if relative > 1e-3:
+        assert ours != pytest.approx([loss for loss, _ in plain_loop[:steps]], rel=1e-7), "the setting had no effect"
+
+
+# An epoch is 12 steps here: a run of 40 crosses three of them, each in another order.
+RESUME = [
+    *SMOKE,
+    "data.train_rows=200",
+    "train.max_steps=40",
+    "checkpoint.every=5",
+    "checkpoint.keep=2",
+    "eval.every=20",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that the killed ones must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(PROJECT, *RESUME, f"output_dir={folder}")
+    assert len(losses(folder)) == 40
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 18, 32], ids="killed-at-{}".format)
+def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path, step):
+    settings = [*RESUME, f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, step)
+    kill_all(process)
+    output = run(PROJECT, *settings)
+    assert ("Going on from the checkpoint" in output) == (step >= 5)
+    assert curve(tmp_path) == curve(undisturbed)
+    epochs = [record["epoch"] for record in metrics(tmp_path) if "epoch" in record]
+    assert max(epochs) > 3  # the second epoch's order was part of it
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
+    settings = [*RESUME, "checkpoint.every=0", f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, 12)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 12 <= summary["steps"] < 40, output
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{summary['steps']:08d}"]
+    assert not (tmp_path / "model").exists()
+
+    run(PROJECT, *settings, processes=1)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
+    assert_close(losses(tmp_path), losses(undisturbed), 1e-5)
+    assert len(curve(tmp_path)) == len(curve(undisturbed))
+
+
+@pytest.mark.slow
+def test_a_run_stops_in_time_and_a_finished_one_says_so(tmp_path):
+    settings = [*SMOKE, "train.max_steps=5", f"output_dir={tmp_path}"]
+    output = run(PROJECT, *settings, "runtime.max_hours=0.0001", processes=1)
+    assert "runtime.max_hours=0.0001 is over" in output
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+    run(PROJECT, *settings, processes=1)
+    before = curve(tmp_path)
+    output = run(PROJECT, *settings, processes=1)
+    assert "This run is complete: step 5 of 5" in output and curve(tmp_path) == before
+    run(PROJECT, *settings, "train.max_steps=7", processes=1)
+    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 8))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
+    wait_for_step(process, tmp_path, 3)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    rank_1 = next(p for p in workers if p.environ().get("RANK") == "1")
+    rank_1.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_the_export_is_the_trained_model(tmp_path):
+    run(PROJECT, *SMOKE, "train.max_steps=5", f"output_dir={tmp_path}")
+    state = torch.load(tmp_path / "checkpoints/step-00000005/training.pt", weights_only=True)["model"]
+    trained = models.load_model(load_config(load_train().Config, tmp_path / "config.yaml", []).model)
+    trained.load_state_dict(
+        {
+            name.removeprefix(
+                "model.",
+            ): tensor
+            for name, tensor in state.items()
+        }
+    )
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
+        assert torch.equal(exported, trained.eval()(ids).logits)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        "model",
+        "plots",
+    }
+    assert (tmp_path / "model/README.md").read_text().startswith("---\n")
+
+
+# Each with the words that the one line must hold: the key or file, and what to set.
+MISTAKES = {
+    "misspelt key": (["train.max_step=3"], ["train.max_step", "train.max_steps"]),
+    "wrong type": (["train.max_steps=soon"], ["train.max_steps", "soon"]),
+    "global batch": (["train.global_batch_size=18"], ["train.global_batch_size=18", "16 or 20"]),
+    "max_length": (["data.max_length=4096"], ["data.max_length=4096", "1024"]),
+    "unknown model": (["model.name=tiny:gpt5"], ["model.name=tiny:gpt5", "tiny:qwen2"]),
+    "no such folder": (["model.name=./nowhere"], ["model.name", "nowhere"]),
+    "missing column": (["data.prompt_column=question"], ["data.prompt_column=question", "prompt, response"]),
+    "output folder": (["output_dir=/proc/nowhere"], ["output_dir=/proc/nowhere"]),
+    "no checkpoint": (["checkpoint.resume=runs/nowhere"], ["checkpoint.resume=runs/nowhere"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, mistake):
+    settings, words = MISTAKES[mistake]
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", *settings, processes=1, exit_code=2)
+    line = error_line(output)
+    assert all(word in line for word in words), line
+    assert "Training:" not in output and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_report_a_mistake_once(tmp_path):
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", "data.prompt_column=question", exit_code=2)
+    assert "data.prompt_column=question" in error_line(output)
+    assert output.count("question") == 1
+
+
+@pytest.mark.slow
+def test_rows_that_are_no_text_and_an_empty_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(100)))
+    settings = [*SMOKE, "data.format=text", f"data.name={rows}", f"output_dir={tmp_path / 'run'}"]
+    line = error_line(run(PROJECT, *settings, processes=1, exit_code=2))
+    assert "rows.jsonl" in line and "column text holds int" in line
+    rows.write_text("")
+    assert "is empty" in error_line(run(PROJECT, *settings, processes=1, exit_code=2))
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_from_another_runs_checkpoint(tmp_path):
+    settings = [*SMOKE, "train.max_steps=3", f"output_dir={tmp_path}"]
+    run(PROJECT, *settings, processes=1)
+    for other, key in (("model.name=tiny:llama", "model.name"), ("data.train_rows=900", "training data")):
+        line = error_line(run(PROJECT, *settings, other, processes=1, exit_code=2))
+        assert key in line and "checkpoint.resume=never" in line
+    file = tmp_path / "checkpoints/step-00000003/training.pt"
+    file.write_bytes(file.read_bytes()[:-1000])
+    output = run(PROJECT, *settings, processes=1)
+    assert "step-00000003 is damaged" in output and "training.pt has" in output
+    line = error_line(
+        run(PROJECT, *settings, f"checkpoint.resume={tmp_path}/checkpoints/step-00000009", processes=1, exit_code=2)
+    )
+    assert "step-00000009" in line
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    train = load_train()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with refused("2 processes for 1 GPU", "--nproc_per_node 1"):
+        train.setup_distributed(train.Config())
