@@ -14,7 +14,8 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and end the process: 0 when it is done, 2 with one `error:` line for a mistake of the user's.
+    """Call `main` and end the process: 0 when it is done, 2 with one `error:` line for a mistake of the user's, 130
+    after Ctrl-C.
 
     Under a launcher every rank meets the same mistake. Rank 0 speaks at once; another rank waits until the launcher
     has ended it, and speaks only if nobody did, because then the mistake is its own (its disk, its GPU).
@@ -31,3 +32,6 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         # A launcher's other ranks may be inside a collective; leaving without the interpreter's tidy-up cannot hang.
         os._exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        os._exit(130)

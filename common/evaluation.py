@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memory
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -179,6 +178,8 @@ def make_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> N
 
 def answer_scores(answers: list[str], references: list[str]) -> dict[str, float]:
     """Mean ROUGE-L F1 (Lin 2004, https://aclanthology.org/W04-1013) and share of answers equal to the reference."""
+    from rouge_score.rouge_scorer import RougeScorer  # here: it takes seconds to import, and training needs none of it
+
     scorer = RougeScorer(["rougeL"])
     pairs = [(reference.strip(), answer.strip()) for reference, answer in zip(references, answers, strict=True)]
     return {

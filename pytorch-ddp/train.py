@@ -53,6 +53,8 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     gpus = torch.cuda.device_count()
     if gpus and local_world_size > gpus:
         raise UserError(f"{local_world_size} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
+    if not gpus and cfg.ddp.gradient_compression == "bf16":
+        raise UserError("ddp.gradient_compression=bf16 needs NCCL, that is GPUs: on a CPU set it to fp16 or none")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     runtime.check_gpu(device)
     if gpus:
@@ -168,7 +170,8 @@ def train(cfg: Config) -> None:
     stop = runtime.StopRequest(cfg.runtime)
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     accumulation_steps(cfg, world_size)  # refuses a global batch that cannot be split
-    check_can_push(cfg)
+    if rank == 0:
+        check_can_push(cfg)
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
@@ -222,7 +225,6 @@ def train(cfg: Config) -> None:
             clock = time.perf_counter()
         run.save_model(model.module.model, tokenizer)
         run.finish("completed")
-    dist.barrier()  # the other ranks wait for the export and the upload
 
 
 def main() -> None:

@@ -124,7 +124,6 @@ def test_two_nodes_train_as_one(plain_loop, tmp_path):
         (["train.compile=true"], 1, 1e-4),
         (["train.precision=bf16"], 1, 2e-2),
         (["train.precision=fp16"], 1, 2e-2),
-        (["ddp.gradient_compression=bf16"], 2, 2e-2),
         (["ddp.gradient_compression=fp16"], 2, 2e-2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -256,6 +255,7 @@ MISTAKES = {
     "no such folder": (["model.name=./nowhere"], ["model.name", "nowhere"]),
     "missing column": (["data.prompt_column=question"], ["data.prompt_column=question", "prompt, response"]),
     "output folder": (["output_dir=/proc/nowhere"], ["output_dir=/proc/nowhere"]),
+    "compression": (["ddp.gradient_compression=bf16"], ["ddp.gradient_compression=bf16", "fp16 or none"]),
     "no checkpoint": (["checkpoint.resume=runs/nowhere"], ["checkpoint.resume=runs/nowhere"]),
 }
 
