@@ -22,15 +22,13 @@ help: ## list the targets
 demo: .venv/ready ## fine-tune and evaluate with DDP on two CPU processes: no GPU, no network
 	@$(RUN) pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/pytorch-ddp/demo checkpoint.resume=never
 	$(RUN) python pytorch-ddp/eval.py --config smoke.yaml output_dir=runs/pytorch-ddp/demo
-	cat <<-'END'
-
-		What was made lies in runs/pytorch-ddp/demo: plots/loss.png, samples.md, model/, checkpoints/ ...
-		Look at the run in MLflow:    .venv/bin/mlflow ui --backend-store-uri sqlite:///runs/pytorch-ddp/mlflow.db
-		Try next:
-		  pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/mine train.learning_rate=1e-3 data.packing=wrapped
-		  pytorch-ddp/launch.sh                    the real run of pytorch-ddp/config.yaml, on GPUs
-		  less pytorch-ddp/README.md               what DDP does, and what was measured
-	END
+	printf '%s\n' '' \
+	  'What was made lies in runs/pytorch-ddp/demo: plots/loss.png, samples.md, model/, checkpoints/ ...' \
+	  'Look at the run in MLflow:  .venv/bin/mlflow ui --backend-store-uri sqlite:///runs/pytorch-ddp/mlflow.db' \
+	  'Try next:' \
+	  '  pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/mine train.learning_rate=1e-3 data.packing=wrapped' \
+	  '  pytorch-ddp/launch.sh              the real run of pytorch-ddp/config.yaml, on GPUs' \
+	  '  less pytorch-ddp/README.md         what DDP does, and what was measured'
 
 .PHONY: test
 test: .venv/ready lint ## everything: real launchers, trackers, Hub client, kill and resume

@@ -34,7 +34,13 @@ from common.data import TokenizedRows, collate, load_rows, prompt_and_reference,
 from common.errors import UserError
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
-from common.runtime import check_gpu, describe_environment, limit_gpu_memory, resolve_precision
+from common.runtime import (
+    check_gpu,
+    describe_environment,
+    limit_gpu_memory,
+    only_main_shows_progress,
+    resolve_precision,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -198,6 +204,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
+    only_main_shows_progress(accelerator.is_main_process)
     check_gpu(accelerator.device)
     limit_gpu_memory(cfg.runtime, accelerator.device)
     dtype, reason = resolve_precision(cfg.train.precision, accelerator.device)

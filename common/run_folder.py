@@ -55,6 +55,10 @@ class RunFolder:
         """The training begins (`first_step` is 0) or goes on: open the tracker and the progress bar."""
         if not self.is_main:
             return
+        if first_step == 0:  # what an earlier run left here must not pass for this one's
+            for stale in ("summary.json", "eval.json", "samples.md", "tracking.json"):
+                (self.path / stale).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "plots", ignore_errors=True)
         self._metrics.keep_up_to(first_step if first_step else -1)
         earlier = self._metrics.read()
         self._earlier_seconds = earlier[-1]["seconds"] if earlier else 0.0
