@@ -1,0 +1,158 @@
+"""The tables and figures of the README files, from the records of real runs in `results/`.
+
+`python -m common.results` fills every block between `<!-- results: NAME -->` and `<!-- end results -->`; `--check`
+changes nothing and fails, naming the file, if a block is out of date.
+
+A table is a list of records and a list of columns; a column is its heading and a function of the record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from common import errors
+from common.config import REPOSITORY
+from common.errors import UserError
+
+BLOCK = re.compile(r"<!-- results: ([^>]+) -->(?:(?!<!-- results: ).)*?<!-- end results -->", re.DOTALL)
+
+
+def read(folder: Path, *names: str) -> list[dict]:
+    try:
+        return [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such record; a program in bench/ writes it") from None
+
+
+def table(records: list[dict], columns: dict[str, Callable[[dict], object]], caption: str) -> str:
+    """Markdown on lines of its own; the first column stands to the left, the others to the right."""
+    rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[str(value(r)) for value in columns.values()] for r in records]
+    return "\n".join(["\n", *(f"| {' | '.join(row)} |" for row in rows), "", f"*{caption}*", "\n"])
+
+
+def shared(records: list[dict], value: Callable[[dict], object]) -> str:
+    """What all records have in common, or everything that occurs."""
+    return ", ".join(dict.fromkeys(str(value(r)) for r in records))
+
+
+def machine(records: list[dict]) -> str:
+    gpus = shared(records, lambda r: f"{len(r['environment']['gpus'])} × {r['environment']['gpus'][0]['name']}")
+    versions = shared(records, lambda r: f"torch {r['environment']['versions']['torch']}, {r['date']}")
+    weights, text = (shared(records, lambda r, key=key: r.get(key, "not recorded")) for key in ("weights", "text"))
+    form = shared(records, lambda r: f"{r['settings']['data.max_length']} tokens, {r['settings']['train.precision']}")
+    return f"{gpus}, {versions}. Weights: {weights}. Text: {text}, {form}"
+
+
+def figure(text: str) -> Callable[[dict], str]:
+    """A column of the summary's figures, which a failed run does not have."""
+    return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
+
+
+def speed(r: dict) -> float:
+    return r["summary"]["tokens_per_second"]
+
+
+def tflops(r: dict) -> float:
+    return speed(r) * r["summary"]["flops_per_token"] / r["gpus"] / 1e12
+
+
+def speed_table(folder: Path, *names: str) -> str:
+    """The speed-up is that over the first record, for runs that are compiled as it is."""
+    records = read(folder, *(f"speed-{name}" for name in names))
+    alike = [r for r in records if r["settings"]["train.compile"] == records[0]["settings"]["train.compile"]]
+    columns = {
+        "run": lambda r: r["label"],
+        "GPUs": lambda r: r["gpus"],
+        "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "a GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
+        "TFLOP/s a GPU": lambda r: f"{tflops(r):.0f}",
+        "share of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
+        "MFU": figure("{mfu:.1%}"),
+        "peak GiB": figure("{peak_gpu_gib:.1f}"),
+        "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
+    }
+    ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
+    return table(records, columns, f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s a GPU.")
+
+
+def memory_table(folder: Path, *names: str) -> str:
+    """What fits under a memory limit. No speeds: a limited GPU is as small as another one, not as slow."""
+    records = read(folder, *(f"memory-{name}" for name in names))
+    columns = {
+        "run": lambda r: r["label"],
+        "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
+        "peak GiB": figure("{peak_gpu_gib:.2f}"),
+        "steps": figure("{steps}"),
+        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
+    }
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+
+
+def loss_table(folder: Path, name: str) -> str:
+    (r,) = read(folder, name)
+    cases = [(m, tokens, r[f"{m}_{tokens}_tokens"]) for tokens in (2048, 32768) for m in ("plain", "chunked")]
+    columns = {
+        "head and loss": lambda case: f"{case[0]}, {case[1]:,} tokens",
+        "peak GiB": lambda case: f"{case[2]['peak_gib']:.2f}",
+        "ms": lambda case: f"{case[2]['milliseconds']:.1f}",
+        "gradient error": lambda case: f"{case[2]['gradient_error_weight']:.2%}" if case[1] == 2048 else "–",
+    }
+    return table(cases, columns, f"One {r['gpu']}, torch {r['torch']}. Head: {r['head'][0]:,} × {r['head'][1]}.")
+
+
+def headline(folder: Path, *names: str) -> str:
+    """One line for the main README, from a run on one GPU, one on several, one under a memory limit."""
+    one, several, limited = read(folder, *names)
+    return (
+        f"{speed(several) / speed(one):.2f}× on {several['gpus']} {several['environment']['gpus'][0]['name']}, "
+        f"{speed(several) / several['gpus']:,.0f} tokens/s each; {figure('{peak_gpu_gib:.1f}')(limited)} GiB of "
+        f"{limited['settings']['runtime.gpu_memory_limit_gib']} at {limited['label']}"
+    )
+
+
+BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+    "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
+    "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
+    "pytorch-ddp loss": (loss_table, "loss-memory"),
+    "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """`text` with every block made anew."""
+
+    def fill(block: re.Match) -> str:
+        name = block[1]
+        if name not in BLOCKS:
+            raise UserError(f"<!-- results: {name} -->: no such block; there are: {', '.join(BLOCKS)}")
+        make, *names = BLOCKS[name]
+        return f"<!-- results: {name} -->{make(results / name.split()[0], *names)}<!-- end results -->"
+
+    text, blocks = BLOCK.subn(fill, text)
+    if blocks != text.count("<!-- results: "):
+        raise UserError("a block `<!-- results: NAME -->` has no `<!-- end results -->`")
+    return text
+
+
+def update(repository: Path, check: bool) -> None:
+    """Rewrite the README files; with `check`, raise `UserError` if one would change."""
+    paths = [repository / "README.md", *sorted(repository.glob("*/README.md"))]
+    old = {path: path.read_text(encoding="utf-8") for path in paths}
+    new = {path: filled(text, repository / "results") for path, text in old.items()}
+    changed = [path for path in paths if new[path] != old[path]]
+    if changed and check:
+        stale = ", ".join(str(path.relative_to(repository)) for path in changed)
+        raise UserError(f"out of date: {stale}; bring them up to date with: make format")
+    for path in changed:
+        path.write_text(new[path], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    errors.run(lambda: update(REPOSITORY, check="--check" in sys.argv))
