@@ -52,7 +52,7 @@ CASES = {
 }  # fmt: skip
 
 
-def run_case(name: str, common_settings: list[str], ceiling: float | None) -> dict:
+def run_case(name: str, common_settings: list[str], ceiling: float | None, source: dict[str, str]) -> dict:
     gpus, variables, as_t4, settings, label = CASES[name]
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         script = ["bench/as_t4.py", "pytorch-ddp/train.py"] if as_t4 else ["pytorch-ddp/train.py"]
@@ -88,6 +88,7 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None) -> di
         "matmul_ceiling_tflops": ceiling,
         "summary": summary,
         "first_steps": steps[:6],
+        **source,
         "environment": environment,
     }
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder made by bench/real_shapes.py; its weights are random")
     parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's data set")
+    parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
     parser.add_argument("--only", nargs="*", default=[""], metavar="NAME", help="cases whose names begin so")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / "pytorch-ddp")
     arguments = parser.parse_args()
@@ -109,6 +111,10 @@ def main() -> None:
         settings += [f"model.name={arguments.model}", "model.random_weights=true"]
     if arguments.text:
         settings.append(f"data.name={arguments.text}")
+    source = {
+        "weights": "random, of the published shapes" if arguments.model else "the published ones",
+        "text": arguments.text_is if arguments.text else "the data set of config.yaml",
+    }
     arguments.results.mkdir(parents=True, exist_ok=True)
     # In a process of its own: this one must hold no memory of the GPU.
     measured = subprocess.run([sys.executable, "bench/ceiling.py"], cwd=REPOSITORY, capture_output=True, text=True)
@@ -116,7 +122,7 @@ def main() -> None:
     print(f"measured bf16 matrix-product ceiling: {ceiling} TFLOP/s")
     for name in (n for n in CASES if n.startswith(tuple(arguments.only))):
         start = time.perf_counter()
-        record = run_case(name, settings, ceiling)
+        record = run_case(name, settings, ceiling, source)
         (arguments.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         s = record["summary"]
         print(

@@ -206,9 +206,15 @@ def _encode_messages(
         text, targets_at = "", []  # the rendered conversation, and the spans of it that the assistant writes
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
-                begin = len(_render(tokenizer, messages[:turn], add_generation_prompt=True))
+                earlier, prompt = text, _render(tokenizer, messages[:turn], add_generation_prompt=True)
                 text = _render(tokenizer, messages[: turn + 1])
-                targets_at.append((begin, len(text)))
+                if not (prompt.startswith(earlier) and text.startswith(prompt)):
+                    raise UserError(
+                        f"data.format=messages: the chat template of model.name changes earlier turns when a new one "
+                        f"comes, so that the assistant's tokens cannot be told apart (data.name={data.name}: row "
+                        f"{start + i}); use single-turn rows, or data.format=prompt-response"
+                    )
+                targets_at.append((len(prompt), len(text)))
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         targets = [any(a <= begin and end <= b for a, b in targets_at) for begin, end in encoded["offset_mapping"]]
@@ -245,7 +251,13 @@ def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tu
 def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     if not messages:
         return ""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template is a program of the model's author, and refuses as it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"data.format=messages: the chat template of model.name refuses the turns {roles}: {error}"
+        ) from error
 
 
 def _check_messages(messages: Any, where: str, tokenizer) -> None:

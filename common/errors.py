@@ -17,16 +17,14 @@ def run(main: Callable[[], int | None]) -> None:
     """Call `main` and end the process: 0 when it is done, 2 with one `error:` line for a mistake of the user's, 130
     after Ctrl-C.
 
-    Under a launcher every rank meets the same mistake. Rank 0 speaks at once; another rank waits until the launcher
-    has ended it, and speaks only if nobody did, because then the mistake is its own (its disk, its GPU).
+    Under a launcher every rank meets the same mistake, or meets its echo when rank 0 has left. Rank 0 speaks at once;
+    another rank waits until the launcher has ended it, and speaks only if nobody did: then the error is its own.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank != 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+        _wait_for_the_launcher(rank)
         where = f"rank {rank}: " if rank else ""
         print(f"\nerror: {where}{error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -35,3 +33,15 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
         os._exit(130)
+    except Exception:
+        _wait_for_the_launcher(rank)
+        raise
+
+
+def _wait_for_the_launcher(rank: int) -> None:
+    if rank:
+        stop_request = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if getattr(stop_request, "reason", None):  # the launcher's signal has come already, and was only noted
+            os._exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)

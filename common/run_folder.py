@@ -146,7 +146,7 @@ class RunFolder:
             "tokens_per_second": round(speed, 1),
             "flops_per_token": self._flops_per_token,
             "mfu": round(speed * self._flops_per_token / self._peak, 4) if self._peak else None,
-            "peak_gpu_gib": max(r["peak_gpu_gib"] for r in steps),
+            "peak_gpu_gib": max(r["peak_gpu_gib"] for r in steps) or None,  # null on a CPU
             "peak_host_gib": max(*(r["peak_host_gib"] for r in steps), round(self._host.peak_gib, 3)),
             "seconds": round(records[-1]["seconds"], 1),
         }

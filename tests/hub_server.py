@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -349,7 +349,7 @@ class HubServer:
     def _record(self, repo: Repo, author: str, title: str, message: str = "") -> dict:
         """Add a commit of the present content. Its id depends on those before it, so it is never an old one again."""
         commits = self._commits.setdefault(repo.folder, [])
-        tree, date = self._tree(repo), datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        tree, date = self._tree(repo), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         oid = hashlib.sha1(f"{repo.page} {len(commits)} {tree}".encode()).hexdigest()
         about = {"title": title, "message": message, "authors": [{"user": author}], "date": date}
         commits.append({"id": oid, "tree": tree} | about)

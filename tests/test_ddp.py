@@ -275,6 +275,9 @@ def test_two_processes_report_a_mistake_once(tmp_path):
     output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", "data.prompt_column=question", exit_code=2)
     assert "data.prompt_column=question" in error_line(output)
     assert output.count("question") == 1
+    # Only rank 0 looks at the output folder: the other rank meets it as a lost connection, and must not report that.
+    output = run(PROJECT, *SMOKE, "output_dir=/proc/nowhere", exit_code=2)
+    assert "output_dir=/proc/nowhere" in error_line(output)
 
 
 @pytest.mark.slow
