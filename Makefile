@@ -39,7 +39,7 @@ test-fast: .venv/ready ## the tests that take under 4 minutes together
 	@$(RUN) python -m pytest tests -m "not slow"
 
 .PHONY: lint
-lint: .venv/ready ## ruff, and the notebooks and tables that are generated
+lint: .venv/ready ## ruff, and whether the READMEs' tables are those of the records
 	@$(RUN) ruff check . && ruff format --check .
 	$(RUN) python -m common.results --check
 

@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from common.metrics import JsonLines
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / "pytorch-ddp")
     arguments = parser.parse_args()
 
+    if torch.cuda.device_count() < 2:
+        sys.exit(f"error: these cases need two GPUs, and this machine has {torch.cuda.device_count()}")
     settings = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "train.learning_rate=1e-4"]
     if arguments.model:
         settings += [f"model.name={arguments.model}", "model.random_weights=true"]

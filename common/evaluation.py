@@ -89,7 +89,7 @@ def evaluate(
     model.eval()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for batch in tqdm(batches, desc=progress, disable=not progress, leave=False):
-            total += model.statistics(batch["input_ids"].to(device), batch["labels"].to(device))
+            total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
     model.train(was_training)
     return total
 

@@ -13,11 +13,14 @@ ranks and micro-batches.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from common.errors import UserError
 
@@ -45,30 +48,19 @@ class CausalLMLoss(nn.Module):
             )
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the token losses, fp32 scalar. `input_ids` and `labels` are [batch, length], labels not shifted."""
-        return linear_cross_entropy(*self._head_inputs(input_ids, labels))
+    def forward(self, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+        """Sum of the token losses, fp32 scalar; with `statistics`, what `token_statistics` gives.
 
-    @torch.no_grad()
-    def statistics(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """float64 [3]: sum of the token losses, number of targets, number of targets that were the likeliest token."""
-        hidden, weight, targets = self._head_inputs(input_ids, labels)
-        weight = weight.to(_compute_dtype(hidden, weight))
-        total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
-        for rows, wanted in _chunks(hidden, targets, weight.shape[0]):
-            logits = (rows.to(weight.dtype) @ weight.T).float()
-            total[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
-            total[2] += (logits.argmax(-1) == wanted).sum()
-        total[1] = len(targets)
-        return total
-
-    def _head_inputs(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        `input_ids` and `labels` are int64 [batch, length]; labels are not shifted.
+        """
         # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
         # may use its fast causal kernels.
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         shifted = labels[:, 1:].flatten()
         is_target = (shifted != IGNORE).nonzero().squeeze(1)  # masked prompts do not pay for the head
-        return hidden[:, :-1].flatten(0, 1)[is_target], self.model.get_output_embeddings().weight, shifted[is_target]
+        compute = token_statistics if statistics else linear_cross_entropy
+        head = self.model.get_output_embeddings().weight
+        return compute(hidden[:, :-1].flatten(0, 1)[is_target], head, shifted[is_target])
 
 
 def count_targets(labels: Tensor) -> int:
@@ -83,6 +75,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     run in autocast's type, as `nn.Linear`'s would; the weight's gradient stays in the weight's own type.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden, weight), torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def token_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """float64 [3]: sum of the token losses, number of targets, number of targets that were the likeliest token.
+
+    Takes what `linear_cross_entropy` takes, and computes in chunks as it does.
+    """
+    weight = weight.to(_compute_dtype(hidden, weight))
+    total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    for rows, wanted in _chunks(hidden, targets, len(weight)):
+        logits = (rows.to(weight.dtype) @ weight.T).float()
+        total[0] += F.cross_entropy(logits, wanted, reduction="sum").double()
+        total[2] += (logits.argmax(-1) == wanted).sum()
+    total[1] = len(targets)
+    return total
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -145,8 +153,9 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 @functools.cache
 def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     # On a GPU these elementwise passes over the logits cost as much as the products unless they are fused into one
-    # kernel; on a CPU they do not matter.
-    return torch.compile(_to_gradient) if device == "cuda" else _to_gradient
+    # kernel; on a CPU they do not matter. Fusing takes Triton, and Triton a C compiler.
+    fuse = device == "cuda" and has_triton() and (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"))
+    return torch.compile(_to_gradient) if fuse else _to_gradient
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

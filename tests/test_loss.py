@@ -206,7 +206,7 @@ def test_statistics_are_loss_targets_and_right_guesses(family):
     assert right > 0
 
     loss = CausalLMLoss(model)
-    statistics = loss.statistics(ids, labels)
+    statistics = loss(ids, labels, statistics=True)
     assert statistics.dtype == torch.float64
     assert statistics[0].item() == pytest.approx(loss(ids, labels).item(), rel=1e-6)
     assert statistics[1:].tolist() == [wanted.sum(), right]
@@ -214,7 +214,7 @@ def test_statistics_are_loss_targets_and_right_guesses(family):
     assert not statistics.requires_grad
 
     nothing = torch.full_like(labels, IGNORE)
-    assert loss.statistics(ids, nothing).tolist() == [0, 0, 0]
+    assert loss(ids, nothing, statistics=True).tolist() == [0, 0, 0]
 
 
 def test_targets_are_counted_as_the_loss_counts_them():
