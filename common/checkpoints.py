@@ -16,9 +16,22 @@ from common.config import BaseConfig, get
 from common.errors import UserError
 
 MANIFEST = "manifest.json"
-# Keys that a run cannot change and still be the same run. The rest (steps, learning rate, micro-batch) may change.
-IDENTITY = ("model.name", "model.revision", "data.name", "data.format", "data.max_length", "data.packing", "seed",
-            "train.global_batch_size")  # fmt: skip
+# Keys that a run cannot change and still be the same run: what it trains on, and what the optimizer's state holds. The
+# rest may change: more steps, another micro-batch, another number of processes.
+IDENTITY = (
+    "model.name",
+    "model.revision",
+    "data.name",
+    "data.format",
+    "data.max_length",
+    "data.packing",
+    "seed",
+    "train.global_batch_size",
+    "train.learning_rate",
+    "train.lr_schedule",
+    "train.warmup_steps",
+    "train.weight_decay",
+)
 
 
 class Checkpoints:

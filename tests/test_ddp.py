@@ -142,6 +142,7 @@ RESUME = [
     *SMOKE,
     "data.train_rows=200",
     "train.max_steps=40",
+    "train.learning_rate=1e-3",  # as in EQUAL
     "checkpoint.every=5",
     "checkpoint.keep=2",
     "eval.every=20",
