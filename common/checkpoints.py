@@ -6,6 +6,7 @@ What is inside belongs to the project; here is what makes a folder that exists a
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,7 +18,7 @@ from common.errors import UserError
 
 MANIFEST = "manifest.json"
 # Keys that a run cannot change and still be the same run: what it trains on, and what the optimizer's state holds. The
-# rest may change: more steps, another micro-batch, another number of processes.
+# rest may change: more steps, another learning rate or micro-batch, another number of processes.
 IDENTITY = (
     "model.name",
     "model.revision",
@@ -27,9 +28,6 @@ IDENTITY = (
     "data.packing",
     "seed",
     "train.global_batch_size",
-    "train.learning_rate",
-    "train.lr_schedule",
-    "train.warmup_steps",
     "train.weight_decay",
 )
 
@@ -63,9 +61,12 @@ class Checkpoints:
         manifest = {"step": step, "identity": self.identity, "files": files}
         manifest["crc32"] = _checksum(manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*folder.rglob("*"), folder):
+            _to_disk(path)
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
+        _to_disk(self.root)  # the new one is safe before an old one goes
         found = self._all()
         later = sum(at > step for at, _ in found)
         for _, old in found[:later] + found[later + self.keep :]:
@@ -75,8 +76,8 @@ class Checkpoints:
     def find(self, resume: str) -> tuple[int, Path] | None:
         """The (step, folder) to go on from for `checkpoint.resume`, or None to start anew.
 
-        `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` for a path that is no
-        whole checkpoint, and for a checkpoint of another model or other data.
+        `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` where all are damaged, for
+        a path that is no whole checkpoint, and for a checkpoint of another model or other data.
         """
         if resume == "never":
             return None
@@ -90,6 +91,11 @@ class Checkpoints:
                 print(f"warning: {folder} is damaged and is passed over: {problem}", file=sys.stderr)
                 continue
             return self._checked(folder)
+        if self._all():
+            raise UserError(
+                f"{self.root}: every checkpoint in it is damaged; set checkpoint.resume=never to start anew, "
+                f"or another output_dir"
+            )
         return None
 
     def _all(self) -> list[tuple[int, Path]]:
@@ -131,6 +137,14 @@ def damage(folder: Path) -> str | None:
         if _fingerprint(path) != expected:
             return f"{name} has another checksum than when it was written"
     return None
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _checksum(manifest: dict) -> int:

@@ -164,6 +164,12 @@ def tokenize(
             offsets.append(len(tokens))
     if wrapped:
         # The tail that fills no block is dropped: every block has the same shape.
+        # So is a block inside a long masked prompt: it has nothing to learn from.
+        blocks = len(tokens) // data.max_length
+        shape, end = (blocks, data.max_length), blocks * data.max_length
+        block_labels = np.array(labels[:end], np.int32).reshape(shape)
+        kept = (block_labels[:, 1:] != IGNORE).any(axis=1)
+        tokens, labels = np.array(tokens[:end], np.int32).reshape(shape)[kept].ravel(), block_labels[kept].ravel()
         offsets = list(range(0, len(tokens) + 1, data.max_length))
     if len(offsets) < 2:
         raise UserError(

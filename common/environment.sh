@@ -5,18 +5,20 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 missing_packages() { # prints what `python` lacks; finds packages without importing them
     python - <<'PYTHON' 2>/dev/null || echo python
 from importlib.util import find_spec
-print(*(name for name in ("torch", "transformers", "datasets", "accelerate", "omegaconf") if find_spec(name) is None))
+names = ("torch", "transformers", "datasets", "accelerate", "omegaconf", "psutil", "matplotlib", "rouge_score")
+print(*(name for name in names if find_spec(name) is None))
 PYTHON
 }
 
-if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
-    if [[ -n $(missing_packages) ]]; then
-        echo "error: the active environment lacks: $(missing_packages). Run 'pip install -e $repository' in it," \
-            "or deactivate it to use the repository's .venv" >&2
-        exit 2
-    fi
-elif [[ -x $repository/.venv/bin/python || -n $(missing_packages) ]]; then
+missing=$(missing_packages)
+if [[ -z $missing && -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+    : # the active environment has everything
+elif [[ -x $repository/.venv/bin/python || (-n $missing && -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-}) ]]; then
     make --silent -C "$repository" .venv/ready
     PATH=$repository/.venv/bin:$PATH
+elif [[ -n $missing ]]; then
+    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp]\"' in it, or" \
+        "deactivate it: the repository's own .venv is then built and used" >&2
+    exit 2
 fi
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} # `common`, also where the package is not installed

@@ -33,15 +33,19 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
         os._exit(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _launcher_has_spoken():
+            os._exit(1)  # a collective broke off because another rank has left, and that rank has said why
         _wait_for_the_launcher(rank)
         raise
 
 
 def _wait_for_the_launcher(rank: int) -> None:
-    if rank:
-        stop_request = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        if getattr(stop_request, "reason", None):  # the launcher's signal has come already, and was only noted
-            os._exit(1)
+    if rank and not _launcher_has_spoken():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
+
+
+def _launcher_has_spoken() -> bool:
+    """Whether its SIGTERM has come already, and was only noted by the run's `StopRequest`."""
+    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "signal_name", ""))

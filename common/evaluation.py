@@ -36,6 +36,7 @@ from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
 from common.runtime import (
     check_gpu,
+    check_process_count,
     describe_environment,
     limit_gpu_memory,
     only_main_shows_progress,
@@ -201,6 +202,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     `cfg.output_dir`, prints a table and samples, and returns what `eval.json` holds. Raises `UserError` where there is
     no fine-tuned model, and for what loading models and data raises.
     """
+    check_process_count()
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])

@@ -237,7 +237,8 @@ def _may_write(account: dict[str, Any], repo_id: str) -> bool:
     access = account.get("auth", {}).get("accessToken", {})
     if access.get("role") == "read":
         return False
-    if scoped := access.get("fineGrained", {}).get("scoped"):
+    scoped = access.get("fineGrained", {}).get("scoped", [])
+    if scoped or access.get("role") == "fineGrained":
         return any(
             "repo.write" in scope.get("permissions", []) and scope.get("entity", {}).get("name") in (owner, repo_id)
             for scope in scoped

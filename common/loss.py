@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 
 import torch
@@ -127,12 +128,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         # grad_loss carries 1 / targets and the fp16 loss scale. They are as well applied here as in the forward:
-        # softmax - one-hot lies in [-1, 1], and what was summed over tokens was summed in fp32. In place, since these
-        # tensors are nobody else's and the weight's is the largest of the step.
+        # softmax - one-hot lies in [-1, 1], and what was summed over tokens was summed in fp32. In fp32, for 16 bits
+        # would round the factor itself; in place for the weight's gradient, the largest tensor of the step.
         grad_rows, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
-            grad_rows.mul_(grad_loss).to(hidden_dtype),
+            grad_rows.float().mul_(grad_loss).to(hidden_dtype),
             grad_weight.mul_(grad_loss).to(weight_dtype),
             None,
             None,
@@ -153,9 +154,10 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 @functools.cache
 def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     # On a GPU these elementwise passes over the logits cost as much as the products unless they are fused into one
-    # kernel; on a CPU they do not matter. Fusing takes Triton, and Triton a C compiler.
-    fuse = device == "cuda" and has_triton() and (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"))
-    return torch.compile(_to_gradient) if fuse else _to_gradient
+    # kernel; on a CPU they do not matter. Fusing takes Triton, and Triton a C compiler and Python's headers.
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+    return torch.compile(_to_gradient) if device == "cuda" and has_triton() and compiler and headers else _to_gradient
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -166,7 +166,7 @@ def _draw_throughput(axes: Axes, metrics: list[dict]) -> None:
 def _draw_memory(axes: Axes, metrics: list[dict]) -> None:
     for key, label, colour, style in (
         ("peak_gpu_gib", "GPU (allocated)", COLOURS[0], "-"),
-        ("peak_host_gib", "host (resident)", COLOURS[1], "--"),
+        ("peak_host_gib", "host memory", COLOURS[1], "--"),
     ):
         points = series(metrics, key)
         if any(points.values()):  # on a CPU the GPU's peak is 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from common.config import BaseConfig, save_config
 from common.errors import UserError
 from common.hub import model_card, push_to_hub
 from common.metrics import HostMemory, JsonLines, finite, flops_per_token, peak_flops, peak_gpu_gib
-from common.tracking import start_tracker
+from common.tracking import check_tracker, start_tracker
 
 WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, growing buffers
 
@@ -36,29 +35,46 @@ class RunFolder:
         self.path = Path(cfg.output_dir).expanduser().resolve()
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self.status = "failed"
+        self._begun = False
         self._environment = environment
         self._metrics = JsonLines(self.path / "metrics.jsonl")
         if not is_main:
             return
+        # Nothing of an earlier run in this folder is touched before the new one begins: it may yet be refused.
+        check_tracker(cfg)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            save_config(cfg, self.path / "config.yaml")
-            write_json(self.path / "environment.json", environment)
+            probe = self.path / ".writing-probe"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None
         self._host = HostMemory(root_pid)
 
     def begin(
-        self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, first_step: int, total_steps: int
-    ):
-        """The training begins (`first_step` is 0) or goes on: open the tracker and the progress bar."""
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        first_step: int,
+        total_steps: int,
+        checkpoint: Path | None,
+    ) -> None:
+        """The training begins (`first_step` is 0) or goes on from `checkpoint`; every rank calls this.
+
+        Raises `UserError` on a machine that does not see the run folder of the main process.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"output_dir={self.cfg.output_dir} is not on this machine: all machines must share it")
         if not self.is_main:
             return
-        if first_step == 0:  # what an earlier run left here must not pass for this one's
-            for stale in ("summary.json", "eval.json", "samples.md", "tracking.json"):
-                (self.path / stale).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "plots", ignore_errors=True)
+        self._remove_stale(first_step, total_steps)
+        save_config(self.cfg, self.path / "config.yaml")
+        write_json(self.path / "environment.json", self._environment)
+        if checkpoint and not self._metrics.path.exists():  # it is another run folder's: its history is this run's
+            history = checkpoint.parent.parent / self._metrics.path.name
+            if history.is_file():
+                shutil.copyfile(history, self._metrics.path)
         self._metrics.keep_up_to(first_step if first_step else -1)
         earlier = self._metrics.read()
         self._earlier_seconds = earlier[-1]["seconds"] if earlier else 0.0
@@ -73,6 +89,22 @@ class RunFolder:
         elif first_step:
             print(f"Going on from the checkpoint of step {first_step}")
         self._bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", dynamic_ncols=True)
+        self._begun = True
+
+    def _remove_stale(self, first_step: int, total_steps: int) -> None:
+        """What an earlier run left here must not pass for this one's."""
+        stale = []
+        if first_step < total_steps:
+            stale += ["summary.json", "eval.json", "samples.md", "plots"]
+        if first_step == 0:
+            stale += ["tracking.json"]
+        if self.cfg.checkpoint.resume == "never":
+            stale += ["checkpoints", "model"]
+        for path in (self.path / name for name in stale):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def log_step(self, step: int, *, seconds: float, tokens: int, **values: float) -> None:
         """One optimizer step; `values` holds `epoch`, `loss`, `learning_rate` and `grad_norm`."""
@@ -111,12 +143,13 @@ class RunFolder:
 
     def finish(self, status: str, reason: str | None = None) -> None:
         """The training is over, `completed` or `interrupted` (and why): summary, plots, tracker, upload."""
-        self.status = status
         if not self.is_main:
             return
+        self._begun = False
         self._bar.close()
         if status == "interrupted":
-            print(f"Stopped ({reason or 'asked to on another rank'}); the same command goes on from here")
+            how = "the same command" if self.cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
+            print(f"Stopped ({reason or 'asked to on another rank'}); {how} goes on from here")
         write_json(self.path / "summary.json", self.summarize(status))
         self._tracker.log_artifacts(*report.plot_training(self.path), self.path / "summary.json")
         self._tracker.finish(status)
@@ -126,22 +159,24 @@ class RunFolder:
         if self.cfg.hub.repo_id and status == "completed":
             push_to_hub(self.cfg, self.path, self.model)
         if self.cfg.hub.repo_id and self.cfg.hub.push_checkpoints:
-            push_to_hub(self.cfg, self.path, self.checkpoints, path_in_repo="checkpoints")
+            newest = max(self.checkpoints.glob("step-*"))
+            push_to_hub(self.cfg, self.path, newest, path_in_repo=f"checkpoints/{newest.name}")
 
     def summarize(self, status: str) -> dict:
         """`summary.json`: figures of the whole run, those before an interruption included, from `metrics.jsonl`."""
         records = self._metrics.read()
         steps = [r for r in records if "loss" in r]
         held_out = [r for r in records if "eval_loss" in r]
+        summary = {"project": self.project, "status": status, "steps": 0}
+        if not steps:  # failed in its first step, or went on from another folder's last one without its history
+            return summary
         steady = steps[WARM_UP_STEPS:] or steps
-        speed = statistics.mean([r["tokens"] for r in steady]) / statistics.mean([r["step_seconds"] for r in steady])
-        return {
-            "project": self.project,
-            "status": status,
+        speed = sum(r["tokens"] for r in steady) / sum(r["step_seconds"] for r in steady)
+        return summary | {
             "steps": steps[-1]["step"],
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],
-            "eval_loss_before": held_out[0]["eval_loss"] if held_out else None,
+            "eval_loss_before": held_out[0]["eval_loss"] if held_out and held_out[0]["step"] == 0 else None,
             "eval_loss_after": held_out[-1]["eval_loss"] if status == "completed" and held_out else None,
             "tokens_per_second": round(speed, 1),
             "flops_per_token": self._flops_per_token,
@@ -164,12 +199,10 @@ class RunFolder:
         if not self.is_main:
             return
         self._host.stop()
-        if error is not None and self.status == "failed":
-            summary = {"project": self.project, "status": "failed", "error": str(error) or kind.__name__}
-            write_json(self.path / "summary.json", summary)
-            if hasattr(self, "_tracker"):
-                self._bar.close()
-                self._tracker.finish("failed")
+        if error is not None and self._begun:
+            self._bar.close()
+            write_json(self.path / "summary.json", self.summarize("failed") | {"error": str(error) or kind.__name__})
+            self._tracker.finish("failed")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -45,6 +45,13 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
     return DTYPES[precision], f"{precision}: as set"
 
 
+def check_process_count() -> None:
+    """Raise `UserError` where a launcher started more processes on this machine than it has GPUs."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if gpus and processes > gpus:
+        raise UserError(f"{processes} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
+
+
 def check_gpu(device: torch.device) -> None:
     """Raise `UserError` for a GPU that the installed torch has no code for (a P100 under current builds, say)."""
     if device.type != "cuda":
@@ -69,7 +76,7 @@ def limit_gpu_memory(runtime: RuntimeConfig, device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         if runtime.gpu_memory_limit_gib > total:
             raise UserError(f"runtime.gpu_memory_limit_gib={runtime.gpu_memory_limit_gib}: the GPU has {total:.1f} GiB")
-        torch.cuda.set_per_process_memory_fraction(runtime.gpu_memory_limit_gib / total, device)
+        torch.cuda.set_per_process_memory_fraction(runtime.gpu_memory_limit_gib / total, device.index or 0)
 
 
 @contextlib.contextmanager
@@ -142,20 +149,20 @@ class StopRequest:
     def __init__(self, runtime: RuntimeConfig):
         self._deadline = time.time() + runtime.max_hours * 3600 if runtime.max_hours else float("inf")
         self._max_hours = runtime.max_hours
-        self._signal = ""
+        self.signal_name = ""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
     @property
     def reason(self) -> str | None:
-        if self._signal:
-            return self._signal
+        if self.signal_name:
+            return self.signal_name
         return f"runtime.max_hours={self._max_hours} is over" if time.time() > self._deadline else None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._signal and number == signal.SIGINT:
+        if self.signal_name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+        self.signal_name = signal.Signals(number).name
 
 
 def describe_environment(world_size: int, precision: str) -> dict:

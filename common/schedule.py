@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import torch
-from transformers import get_scheduler
+import transformers
 
 from common.config import BaseConfig
 
 
 def lr_schedule(
-    cfg: BaseConfig, optimizer: torch.optim.Optimizer, total_steps: int
+    cfg: BaseConfig, optimizer: torch.optim.Optimizer, total_steps: int, first_step: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `train.warmup_steps`, then `train.lr_schedule` (to 0 at `total_steps`, unless constant)."""
-    name = {"constant": "constant_with_warmup"}.get(cfg.train.lr_schedule, cfg.train.lr_schedule)
-    return get_scheduler(name, optimizer, cfg.train.warmup_steps, total_steps)
+    """Linear warm-up over `train.warmup_steps`, then `train.lr_schedule` (to 0 at `total_steps`, unless constant).
+
+    A function of the step alone: it is built anew at `first_step`, never saved, so that a run that goes on with more
+    steps is on their schedule at once. Build it after the optimizer's state is loaded.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = cfg.train.learning_rate
+    warmup, last = cfg.train.warmup_steps, first_step - 1
+    if cfg.train.lr_schedule == "constant":
+        return transformers.get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=last)
+    if cfg.train.lr_schedule == "linear":
+        return transformers.get_linear_schedule_with_warmup(optimizer, warmup, total_steps, last_epoch=last)
+    return transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total_steps, last_epoch=last)

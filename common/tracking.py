@@ -7,6 +7,7 @@ delay the training by more than `PATIENCE` seconds in all nor end it. What it mi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -54,6 +55,13 @@ class Backend(Protocol):
     def finish(self, status: str) -> None: ...
 
     def abandon(self) -> None: ...
+
+
+def check_tracker(cfg: BaseConfig) -> None:
+    """Raise `UserError` if the library of `tracking.backend` is not there, before a run has begun."""
+    backend = cfg.tracking.backend
+    if backend != "none" and importlib.util.find_spec(backend) is None:
+        raise _missing(backend, ImportError(f"No module named {backend!r}"))
 
 
 def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool) -> Tracker:

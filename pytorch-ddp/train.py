@@ -49,13 +49,11 @@ class Config(BaseConfig):
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes in the environment; return rank, world size and device."""
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
-    if gpus and local_world_size > gpus:
-        raise UserError(f"{local_world_size} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
+    runtime.check_process_count()
     if not gpus and cfg.ddp.gradient_compression == "bf16":
         raise UserError("ddp.gradient_compression=bf16 needs NCCL, that is GPUs: on a CPU set it to fp16 or none")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
     runtime.check_gpu(device)
     if gpus:
         torch.cuda.set_device(device)
@@ -136,7 +134,7 @@ def evaluate(model, batches, device, dtype) -> float:
     return (sums[0] / sums[1]).item()
 
 
-def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, schedule, scaler) -> None:
+def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scaler) -> None:
     """Write everything that the next step depends on. All ranks hold the same model; only the RNG differs."""
     rank = dist.get_rank()
     if rank == 0:
@@ -145,21 +143,21 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, sched
     folder = checkpoints.writing(step)
     torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
     if rank == 0:
-        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state | {"schedule": schedule.state_dict(), "scaler": scaler.state_dict()}, folder / "training.pt")
+        parts = {"model": model.module, "optimizer": optimizer, "scaler": scaler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "training.pt")
     dist.barrier()
     if rank == 0:
         checkpoints.commit(step)
     dist.barrier()
 
 
-def load_checkpoint(folder: Path, model, optimizer, schedule, scaler) -> None:
+def load_checkpoint(folder: Path, model, optimizer, scaler) -> None:
     """Put back what `save_checkpoint` wrote; the number of ranks may have changed."""
     state = torch.load(folder / "training.pt", map_location="cpu", mmap=True, weights_only=True)
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty unless the run was in fp16 so far
+        scaler.load_state_dict(state["scaler"])
     rng = folder / f"rng-{dist.get_rank()}.pt"
     if rng.exists():
         runtime.set_rng_state(torch.load(rng, weights_only=True))
@@ -191,10 +189,10 @@ def train(cfg: Config) -> None:
         first_step, folder = found[0] or (0, None)
         loader = data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, world_size, first_step)
         total_steps, steps_per_epoch = loader.batch_sampler.total_steps, loader.batch_sampler.steps_per_epoch
-        schedule = lr_schedule(cfg, optimizer, total_steps)
         if folder:
-            load_checkpoint(folder, model, optimizer, schedule, scaler)
-        run.begin(model.module.model, device, dtype, first_step, total_steps)
+            load_checkpoint(folder, model, optimizer, scaler)
+        schedule = lr_schedule(cfg, optimizer, total_steps, first_step)
+        run.begin(model.module.model, device, dtype, first_step, total_steps, folder)
         if first_step == 0:
             run.log_evaluation(0, evaluate(model, held_out, device, dtype))
 
@@ -216,10 +214,10 @@ def train(cfg: Config) -> None:
             )
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
-            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
+            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0 and not stopping):
                 run.log_evaluation(step, evaluate(model, held_out, device, dtype))
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
-                save_checkpoint(checkpoints, step, model, optimizer, schedule, scaler)
+                save_checkpoint(checkpoints, step, model, optimizer, scaler)
             if stopping and step < total_steps:
                 return run.finish("interrupted", stop.reason)
             clock = time.perf_counter()

@@ -139,12 +139,14 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_it_taken(checkpoints, 
         checkpoints.find(str(newest))
 
 
-def test_when_all_are_damaged_the_run_starts_anew(checkpoints, capsys):
+def test_when_all_are_damaged_nothing_starts_over_by_itself(checkpoints, capsys):
     write(checkpoints, 10, 20)
     for folder in checkpoints.root.glob("step-*"):
         truncate(folder)
-    assert checkpoints.find("auto") is None
+    with refused(str(checkpoints.root), "checkpoint.resume=never"):
+        checkpoints.find("auto")
     assert len(capsys.readouterr().err.splitlines()) == 2
+    assert len(list(checkpoints.root.iterdir())) == 2
 
 
 def test_any_changed_character_of_the_manifest_is_noticed(checkpoints):

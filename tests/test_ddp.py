@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -192,16 +193,30 @@ def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undist
 
 @pytest.mark.slow
 def test_a_run_stops_in_time_and_a_finished_one_says_so(tmp_path):
-    settings = [*SMOKE, "train.max_steps=5", f"output_dir={tmp_path}"]
+    settings = [*SMOKE, "train.max_steps=5", "train.warmup_steps=0", f"output_dir={tmp_path}/first"]
     output = run(PROJECT, *settings, "runtime.max_hours=0.0001", processes=1)
     assert "runtime.max_hours=0.0001 is over" in output
-    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+    first = tmp_path / "first"
+    assert json.loads((first / "summary.json").read_text())["status"] == "interrupted"
     run(PROJECT, *settings, processes=1)
-    before = curve(tmp_path)
+    before = curve(first)
     output = run(PROJECT, *settings, processes=1)
-    assert "This run is complete: step 5 of 5" in output and curve(tmp_path) == before
-    run(PROJECT, *settings, "train.max_steps=7", processes=1)
-    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 8))
+    assert "This run is complete: step 5 of 5" in output and curve(first) == before
+
+    # More steps, in a folder of their own, in another precision: on the longer schedule at once, with all the history.
+    longer = [
+        *settings,
+        "train.max_steps=7",
+        "train.precision=fp16",
+        f"checkpoint.resume={first}/checkpoints/step-00000005",
+    ]
+    run(PROJECT, *longer, f"output_dir={tmp_path}/second", processes=1)
+    steps = [record for record in metrics(tmp_path / "second") if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 8))
+    peak = steps[0]["learning_rate"]
+    assert steps[5]["learning_rate"] == pytest.approx(peak * (1 + math.cos(math.pi * 5 / 7)) / 2)
+    summary = json.loads((tmp_path / "second/summary.json").read_text())
+    assert summary["eval_loss_before"] == json.loads((first / "summary.json").read_text())["eval_loss_before"]
 
 
 @pytest.mark.slow
@@ -301,8 +316,12 @@ def test_a_run_does_not_go_on_from_another_runs_checkpoint(tmp_path):
         assert key in line and "checkpoint.resume=never" in line
     file = tmp_path / "checkpoints/step-00000003/training.pt"
     file.write_bytes(file.read_bytes()[:-1000])
-    output = run(PROJECT, *settings, processes=1)
+    output = run(PROJECT, *settings, processes=1, exit_code=2)
     assert "step-00000003 is damaged" in output and "training.pt has" in output
+    assert "every checkpoint in it is damaged" in error_line(output)
+    # None of these refused starts has touched what the finished run left.
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
+    assert "tiny:qwen2" in (tmp_path / "config.yaml").read_text() and len(losses(tmp_path)) == 3
     line = error_line(
         run(PROJECT, *settings, f"checkpoint.resume={tmp_path}/checkpoints/step-00000009", processes=1, exit_code=2)
     )
