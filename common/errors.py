@@ -24,6 +24,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
+        if rank and _launcher_has_spoken():
+            os._exit(2)  # it is ending this rank because another one met the mistake first
         _wait_for_the_launcher(rank)
         where = f"rank {rank}: " if rank else ""
         print(f"\nerror: {where}{error}", file=sys.stderr, flush=True)
@@ -43,7 +45,7 @@ def run(main: Callable[[], int | None]) -> None:
 def _wait_for_the_launcher(rank: int) -> None:
     if rank and not _launcher_has_spoken():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(10)
 
 
 def _launcher_has_spoken() -> bool:
