@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common.metrics import JsonLines
+from common.report import read_json, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SPEED = ["data.max_length=1024", "train.global_batch_size=256", "train.micro_batch_size=64", "train.max_steps=12",
@@ -71,7 +71,7 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None, sourc
             text=True,
         )
         summary = read_json(Path(folder) / "run" / "summary.json")
-        steps = JsonLines(Path(folder) / "run" / "metrics.jsonl").read()
+        steps = read_metrics(Path(folder) / "run")
         environment = read_json(Path(folder) / "run" / "environment.json")
     if done.returncode:
         print(done.stdout[-3000:])
@@ -93,10 +93,6 @@ def run_case(name: str, common_settings: list[str], ceiling: float | None, sourc
         **source,
         "environment": environment,
     }
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ class Checkpoints:
         if resume == "never":
             return None
         if resume != "auto":
-            folder = Path(resume).expanduser()
+            folder = Path(resume)
             if problem := damage(folder):
                 raise UserError(f"checkpoint.resume={resume}: {problem}")
             return self._checked(folder)

@@ -151,8 +151,8 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
         beside = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
         raise UserError(f"--config {arguments.config}: no such file (beside the script there are: {beside})")
     config = load_config(config_class, path, arguments.overrides)
-    places = ((config, "output_dir"), (config.model, "name"), (config.data, "name"), (config.eval, "model"))
-    for section, name in places:
+    paths = ((config, "output_dir"), (config.model, "name"), (config.data, "name"), (config.eval, "model"))
+    for section, name in (*paths, (config.checkpoint, "resume")):
         if getattr(section, name).startswith("~"):  # YAML does not expand it, and a shell not behind every `=`
             setattr(section, name, str(Path(getattr(section, name)).expanduser()))
     if not config.output_dir:

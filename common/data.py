@@ -62,7 +62,7 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
 def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     import datasets
 
-    path = Path(data.name).expanduser()
+    path = Path(data.name)
     embedded, is_file = data.name == "pydoc", path.suffix in READERS
     if (embedded or is_file) and split != "train":
         raise UserError(
@@ -162,24 +162,27 @@ def tokenize(
             tokens.extend(ids)
             labels.extend(row_labels)
             offsets.append(len(tokens))
+    tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
     if wrapped:
-        # The tail that fills no block is dropped: every block has the same shape.
-        # So is a block inside a long masked prompt: it has nothing to learn from.
-        blocks = len(tokens) // data.max_length
-        shape, end = (blocks, data.max_length), blocks * data.max_length
-        block_labels = np.array(labels[:end], np.int32).reshape(shape)
-        kept = (block_labels[:, 1:] != IGNORE).any(axis=1)
-        tokens, labels = np.array(tokens[:end], np.int32).reshape(shape)[kept].ravel(), block_labels[kept].ravel()
-        offsets = list(range(0, len(tokens) + 1, data.max_length))
+        tokens, labels = _full_blocks(tokens, labels, data.max_length)
+        offsets = range(0, len(tokens) + 1, data.max_length)
     if len(offsets) < 2:
         raise UserError(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    end = offsets[-1]
-    return TokenizedRows(
-        np.array(tokens[:end], np.int32), np.array(labels[:end], np.int32), np.array(offsets, np.int64)
-    )
+    return TokenizedRows(tokens, labels, np.array(offsets, np.int64))
+
+
+def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut into blocks of `length`, all of the same shape: the tail that fills none is dropped.
+
+    So is a block inside a long masked prompt: it has nothing to learn from.
+    """
+    count = len(tokens) // length
+    tokens, labels = (flat[: count * length].reshape(count, length) for flat in (tokens, labels))
+    kept = (labels[:, 1:] != IGNORE).any(axis=1)
+    return tokens[kept].ravel(), labels[kept].ravel()
 
 
 def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:

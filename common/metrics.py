@@ -1,12 +1,9 @@
-"""Measures: FLOPs a token, the hardware's peak, host memory of the whole process tree, lines of JSON."""
+"""Measures: FLOPs a token, the hardware's peak, GPU memory, host memory of the whole process tree."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import threading
-from pathlib import Path
 
 import psutil
 import torch
@@ -90,36 +87,3 @@ def _host_bytes(process: psutil.Process) -> int:
 def peak_gpu_gib(device: torch.device) -> float:
     """The most memory that this process's tensors took on its GPU so far, GiB; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-
-
-class JsonLines:
-    """An append-only file with a JSON object a line, on disk after every line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, record: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record)) + "\n")
-
-    def read(self) -> list[dict]:
-        """All records; a last line that a killed run left half-written is passed over."""
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
-
-    def keep_up_to(self, step: int) -> None:
-        """Drop the records behind `step`: a resumed run makes those steps again."""
-        kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
-
-
-def finite(record: dict) -> dict:
-    """JSON knows no NaN and no infinity: they become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

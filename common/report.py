@@ -6,7 +6,6 @@ wrote them. One folder: its table and plots. Several: one table with a line for 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure  # not pyplot: no global state, and nothing
 
 from common import errors
 from common.errors import UserError
+from common.json_lines import JsonLines
 
 # Okabe and Ito's palette, told apart with every kind of colour blindness: https://jfly.uni-koeln.de/color/
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -27,16 +27,8 @@ MISSING = "–"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The lines of `metrics.jsonl`, in the order in which they were written; none where there is no such file.
-
-    A torn line is skipped: a killed run can leave one at the end, and a resumed run goes on writing after it.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    """The records of `metrics.jsonl`; none where there is no such file."""
+    return JsonLines(Path(run_dir) / "metrics.jsonl").read()
 
 
 def read_json(path: Path) -> dict:

@@ -18,7 +18,8 @@ from common import report
 from common.config import BaseConfig, save_config
 from common.errors import UserError
 from common.hub import model_card, push_to_hub
-from common.metrics import HostMemory, JsonLines, finite, flops_per_token, peak_flops, peak_gpu_gib
+from common.json_lines import JsonLines, finite
+from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
 from common.tracking import check_tracker, start_tracker
 
 WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, growing buffers
@@ -32,7 +33,7 @@ class RunFolder:
 
     def __init__(self, cfg: BaseConfig, project: str, is_main: bool, environment: dict, root_pid: int):
         self.cfg, self.project, self.is_main = cfg, project, is_main
-        self.path = Path(cfg.output_dir).expanduser().resolve()
+        self.path = Path(cfg.output_dir).resolve()
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self._begun = False
@@ -189,8 +190,7 @@ class RunFolder:
     def _write(self, record: dict) -> None:
         record["seconds"] = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
         self._metrics.append(record)
-        numbers = finite(record)
-        self._tracker.log({k: v for k, v in numbers.items() if k != "step" and v is not None}, record["step"])
+        self._tracker.log({k: v for k, v in finite(record).items() if k != "step"}, record["step"])
 
     def __enter__(self) -> RunFolder:
         return self

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import runtime
 from common.config import BaseConfig, DataConfig, ModelConfig, RuntimeConfig, TrainConfig
-from common.metrics import HostMemory, JsonLines, finite, flops_per_token, peak_flops, peak_gpu_gib
+from common.json_lines import JsonLines, finite
+from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
 from common.models import load_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
