@@ -115,9 +115,14 @@ class Checkpoints:
         return manifest["step"], folder
 
 
-def identity(cfg: BaseConfig, data_fingerprint: str) -> dict:
-    """What must be equal for a run to go on from a checkpoint."""
-    return {key: get(cfg, key) for key in IDENTITY} | {"the training data's fingerprint": data_fingerprint}
+def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint: str) -> dict:
+    """What must be equal for a run to go on from a checkpoint. Each project has files of its own in it."""
+    return {
+        "the project": project,
+        **{key: get(cfg, key) for key in IDENTITY},
+        "the model's architecture": architecture,
+        "the training data's fingerprint": data_fingerprint,
+    }
 
 
 def damage(folder: Path) -> str | None:

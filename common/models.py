@@ -22,6 +22,7 @@ from common.hub import explain_hub_error, token
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 TINY_VOCABULARY = 2048
 # The shapes keep what matters of the real models: tied embeddings, grouped key/value heads, positions of each kind.
 TINY_SHAPES: dict[str, dict[str, Any]] = {
@@ -91,14 +92,33 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
     return config
 
 
-def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the CPU (or on the default device), weights in `dtype`. Raises `UserError` if it cannot be had."""
+def architecture(config: PretrainedConfig) -> str:
+    """What decides the shapes of the weights, in words."""
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
+    return (
+        f"{config.model_type}: {config.num_hidden_layers} layers of width {config.hidden_size}/{inner}, "
+        f"{config.num_attention_heads}/{getattr(config, 'num_key_value_heads', config.num_attention_heads)} heads, "
+        f"vocabulary {config.vocab_size}, {'tied' if config.tie_word_embeddings else 'untied'}"
+    )
+
+
+def empty_model(model: ModelConfig) -> PreTrainedModel:
+    """The model's modules without weights, on the `meta` device: what to shard before the weights are read."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_model_config(model), **{DTYPE_KEY: torch.float32})
+
+
+def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """The model on the CPU (or on the default device), weights in `dtype`. Raises `UserError` if it cannot be had.
+
+    With `dtype="auto"` published weights stay in their file's type and are mapped, not copied, into memory.
+    """
     config = load_model_config(model)
-    dtype_key = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
     if _tiny_family(model.name) or model.random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = AutoModelForCausalLM.from_config(config, **{dtype_key: dtype})
+            random_dtype = torch.float32 if dtype == "auto" else dtype
+            built = AutoModelForCausalLM.from_config(config, **{DTYPE_KEY: random_dtype})
     else:
         try:
             built = AutoModelForCausalLM.from_pretrained(
@@ -107,7 +127,7 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
                 config=config,
                 token=token(),
                 trust_remote_code=False,
-                **{dtype_key: dtype},
+                **{DTYPE_KEY: dtype},
             )
         except Exception as error:
             raise explain_hub_error(error, "model", model.name) from error

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from common import report
 from common.config import BaseConfig, save_config
 from common.errors import UserError
+from common.export import write_model
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
@@ -130,13 +133,17 @@ class RunFolder:
             self._write({"step": step, "eval_loss": eval_loss})
             self._bar.write(f"Step {step}: held-out loss {eval_loss:.4f}")
 
-    def save_model(self, model, tokenizer) -> None:
-        """Export `model/`: plain Hugging Face safetensors, tokenizer and model card. A whole folder or none."""
+    def save_model(self, model, tokenizer, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
+        """Export `model/`: plain Hugging Face safetensors, tokenizer and model card. A whole folder or none.
+
+        Every rank calls this. `gather` gives the whole of a sharded tensor; it may be a collective.
+        """
+        partial = self.path / ".writing-model"
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        write_model(model, partial, self.is_main, gather)
         if not self.is_main:
             return
-        partial = self.path / ".writing-model"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(self.cfg, self.summarize("completed")), encoding="utf-8")
         shutil.rmtree(self.model, ignore_errors=True)

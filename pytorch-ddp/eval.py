@@ -9,7 +9,7 @@ Train first; then, with the same `--config` and settings as the training:
 Writes eval.json, samples.md and plots/eval.png into the run folder.
 """
 
-from train import Config
+from train import PROJECT, Config
 
 from common.config import parse_config
 from common.errors import run
@@ -17,7 +17,7 @@ from common.evaluation import compare
 
 
 def main() -> None:
-    compare(parse_config(Config, __file__), project="pytorch-ddp")
+    compare(parse_config(Config, __file__), project=PROJECT)
 
 
 if __name__ == "__main__":

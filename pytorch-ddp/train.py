@@ -35,6 +35,8 @@ from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
 
+PROJECT = "pytorch-ddp"
+
 
 @dataclass
 class DDPConfig:
@@ -174,16 +176,17 @@ def train(cfg: Config) -> None:
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    with RunFolder(cfg, "pytorch-ddp", rank == 0, environment, launcher) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, rank == 0, environment, launcher) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
-        models.load_model_config(cfg.model, cfg.data)  # refuses a data.max_length that the model does not take
+        architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         rows, held_out = build_dataloaders(cfg, tokenizer, rank, world_size)
         model = build_model(cfg, device, dtype)
         groups = models.parameter_groups(model, cfg.train.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-        checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, identity(cfg, rows.fingerprint()))
+        same_run = identity(cfg, PROJECT, architecture, rows.fingerprint())
+        checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
         found = [checkpoints.find(cfg.checkpoint.resume) if rank == 0 else None]
         dist.broadcast_object_list(found)
         first_step, folder = found[0] or (0, None)

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, refused
 from common.checkpoints import IDENTITY, MANIFEST, Checkpoints, damage, identity
 from common.config import BaseConfig, get
 
-ID = identity(BaseConfig(), "0123abcd")
+ID = identity(BaseConfig(), "a-project", "tiny", "0123abcd")
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_an_explicit_path_is_taken_also_from_another_run(checkpoints, tmp_path):
         checkpoints.find(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("key", [*IDENTITY, "the training data's fingerprint"])
+@pytest.mark.parametrize("key", ID)
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(checkpoints, key):
     write(checkpoints, 10)
     changed = Checkpoints(checkpoints.root, 3, {**ID, key: "something else"})
@@ -185,7 +185,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(checkpoints, ke
 
 def test_identity_is_what_a_run_cannot_change():
     config = BaseConfig()
-    assert identity(config, "f").pop("the training data's fingerprint") == "f"
-    assert all(identity(config, "f")[key] == get(config, key) for key in IDENTITY)
+    before = identity(config, "p", "a", "f")
+    assert before["the training data's fingerprint"] == "f"
+    assert all(before[key] == get(config, key) for key in IDENTITY)
     config.train.max_steps, config.train.micro_batch_size, config.train.max_grad_norm = 7, 1, 0.5
-    assert identity(config, "f") == identity(BaseConfig(), "f"), "these may change between two starts"
+    assert identity(config, "p", "a", "f") == before, "these may change between two starts"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fine-tune with FSDP: one process for each GPU found, or two on the CPU where there is none.
+#
+#   pytorch-fsdp/launch.sh [--config FILE] [key=value ...]
+#   NPROC_PER_NODE=1 pytorch-fsdp/launch.sh ...                                   # another number of processes
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 pytorch-fsdp/launch.sh ...          # on each of two machines
+set -euo pipefail
+folder=$(cd "$(dirname "$0")" && pwd)
+source "$folder/../common/torchrun.sh"
+torchrun_script "$folder/train.py" "$@"
