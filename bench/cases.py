@@ -1,0 +1,123 @@
+"""What the measuring programs of all projects share: a case is one run of a train.py by its real launcher.
+
+A case's record in `results/<project>/` holds the command, the machine and the run's summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from common.report import read_json, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Case:
+    label: str  # what the table says
+    settings: list[str]
+    gpus: int = 2
+    variables: dict[str, str] = field(default_factory=dict)  # of the environment
+    as_t4: bool = False  # with a T4's attention kernels only
+    project: str = ""  # whose train.py; empty: the one that is measured
+
+
+def run_case(project: str, name: str, case: Case, common_settings: list[str]) -> dict:
+    """Run the case and return its record; a run that fails is a record too."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        script = [*(["bench/as_t4.py"] if case.as_t4 else []), f"{case.project or project}/train.py"]
+        settings = [*common_settings, *case.settings]
+        arguments = ["--standalone", "--nproc_per_node", str(case.gpus), *script, *settings]
+        command = [sys.executable, "-m", "common.torchrun", *arguments, f"output_dir={folder}/run"]
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+            | case.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        summary = read_json(Path(folder) / "run" / "summary.json")
+        steps = read_metrics(Path(folder) / "run")
+        environment = read_json(Path(folder) / "run" / "environment.json")
+    if done.returncode:
+        print(done.stdout[-3000:])
+        summary.setdefault("status", "failed")  # before it began
+        summary.setdefault("error", next((x for x in done.stdout.splitlines() if "error:" in x), "see the output"))
+    return {
+        "project": case.project or project,
+        "case": name,
+        "label": case.label,
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(
+            [*(f"{k}={v}" for k, v in case.variables.items()), "torchrun", "--nproc_per_node", str(case.gpus), *script]
+            + [re.sub(r"=/.*/", "=", setting) for setting in settings]
+        ),
+        "settings": dict(s.split("=", 1) for s in case.settings),
+        "gpus": case.gpus,
+        "summary": summary,
+        "first_steps": steps[:6],
+        "environment": environment,
+    }
+
+
+def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict], dict] = lambda record: {}) -> None:
+    """The measuring program: parse the command line, run the cases, write `results/<project>/<case>.json`.
+
+    `more` gives what else belongs into the record of a run that completed.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder made by bench/real_shapes.py; its weights are random")
+    parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's data set")
+    parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="NAME", help="cases whose names begin so")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
+    arguments = parser.parse_args()
+
+    chosen = {name: case for name, case in cases.items() if name.startswith(tuple(arguments.only))}
+    gpus = max((case.gpus for case in chosen.values()), default=0)
+    if torch.cuda.device_count() < gpus:
+        sys.exit(f"error: these cases need {gpus} GPUs, and this machine has {torch.cuda.device_count()}")
+    settings = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "train.learning_rate=1e-4"]
+    if arguments.model:
+        settings += [f"model.name={arguments.model}", "model.random_weights=true"]
+    if arguments.text:
+        settings.append(f"data.name={arguments.text}")
+    source = {
+        "weights": "random, of the published shapes" if arguments.model else "the published ones",
+        "text": arguments.text_is if arguments.text else "the data set of config.yaml",
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    # In a process of its own: this one must hold no memory of the GPU.
+    measured = subprocess.run([sys.executable, "bench/ceiling.py"], cwd=REPOSITORY, capture_output=True, text=True)
+    ceiling = float(measured.stdout) if measured.returncode == 0 else None
+    print(f"measured bf16 matrix-product ceiling: {ceiling} TFLOP/s")
+    for name, case in chosen.items():
+        start = time.perf_counter()
+        record = run_case(project, name, case, settings) | {"matmul_ceiling_tflops": ceiling, **source}
+        s = record["summary"]
+        if s["status"] == "completed":
+            record |= more(record)
+        (arguments.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(
+            f"{name:32} {s['status']}  {s.get('tokens_per_second', 0):>10,.0f} tokens/s  "
+            f"{s.get('peak_gpu_gib') or 0:6.2f} GiB  loss {s.get('first_loss')} -> {s.get('last_loss')}  "
+            f"{s.get('error', '')}  ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
