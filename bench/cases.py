@@ -86,11 +86,14 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     parser.add_argument("--model", help="a folder made by bench/real_shapes.py; its weights are random")
     parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's data set")
     parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="NAME", help="cases whose names begin so")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], metavar="NAME", help="this case, or those whose names begin so"
+    )
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
     arguments = parser.parse_args()
 
-    chosen = {name: case for name, case in cases.items() if name.startswith(tuple(arguments.only))}
+    beginnings = tuple(name for name in arguments.only if name not in cases)
+    chosen = {name: case for name, case in cases.items() if name in arguments.only or name.startswith(beginnings)}
     gpus = max((case.gpus for case in chosen.values()), default=0)
     if torch.cuda.device_count() < gpus:
         sys.exit(f"error: these cases need {gpus} GPUs, and this machine has {torch.cuda.device_count()}")

@@ -22,6 +22,11 @@ SHAPES = {
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_act": "silu",
         "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
     },
+    "facebook/opt-1.3b": {
+        "model_type": "opt", "vocab_size": 50272, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048,
+        "activation_function": "relu", "do_layer_norm_before": True, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 VOCABULARY = 32000  # ids above it are never drawn; the head computes all of the model's vocabulary all the same
 
