@@ -78,7 +78,9 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> Distri
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.train.compile:
         # NOTE: layer by layer and inside DDP. Compiled as one piece, the backward would hand over all gradients at its
-        # end, and nothing would be left to overlap their all-reduce with.
+        # end, and nothing would be left to overlap their all-reduce with. torch would also cut each layer where a
+        # bucket ends, which only a model compiled in one piece needs.
+        torch._dynamo.config.optimize_ddp = False
         for layer in models.decoder_layers(model):
             layer.compile()
     ddp = DistributedDataParallel(

@@ -260,6 +260,9 @@ def train(cfg: Config) -> None:
 
 def main() -> None:
     train(parse_config(Config, __file__))
+    # Gloo's threads let go of the last gathered tensors some time after the ranks have them. Python before 3.14 aborts
+    # where that happens while it shuts down.
+    time.sleep(1)
     dist.destroy_process_group()
 
 
