@@ -34,6 +34,7 @@ class Case:
     gpus: int = 2
     variables: dict[str, str] = field(default_factory=dict)  # of the environment
     as_t4: bool = False  # with a T4's attention kernels only
+    beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
 
 
@@ -127,8 +128,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
             flush=True,
         )
 
-    # Each of these may take a T4's memory only, and its speed does not count: all fit the GPUs side by side.
     with ThreadPoolExecutor() as pool:
-        list(pool.map(record_case, (name for name, case in chosen.items() if case.as_t4)))
-    for name in (name for name, case in chosen.items() if not case.as_t4):
+        list(pool.map(record_case, (name for name, case in chosen.items() if case.beside_others)))
+    for name in (name for name, case in chosen.items() if not case.beside_others):
         record_case(name)

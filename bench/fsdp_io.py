@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 bench/fsdp_io.py MODEL_FOLDER results/pytorch-fsdp/io.json
 
-MODEL_FOLDER is one made by bench/real_shapes.py: random fp16 weights of its shapes are written there first, as a
+MODEL_FOLDER is one made by bench/real_shapes.py: fp16 weights of its shapes are written there first, as a
 `pytorch_model.bin` like the published one. Memory is that of all processes together, above what they take before.
 """
 
@@ -33,9 +33,10 @@ from common.metrics import HostMemory  # noqa: E402
 
 
 def write_weights(folder: Path) -> int:
-    """Random fp16 weights as a pickle; returns their bytes."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float16)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    """An fp16 pickle of the model's shapes; returns the bytes of its tensors."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    weights = {name: torch.full(tensor.shape, 0.01, dtype=torch.float16) for name, tensor in model.named_parameters()}
     torch.save(weights, folder / "pytorch_model.bin")
     return sum(tensor.nbytes for tensor in weights.values())
 

@@ -179,7 +179,7 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
     Raises `UserError` if there is none.
     """
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(f"model.name: no list of decoder layers found in {type(model).__name__}")
     return max(lists, key=len)

@@ -95,6 +95,27 @@ def memory_table(folder: Path, *names: str) -> str:
     return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
 
 
+def arithmetic_table(folder: Path, *names: str) -> str:
+    """What the tensors of a GPU should take, by term, beside what they took."""
+    records = read(folder, *(f"memory-{name}" for name in names))
+
+    def gib(term: str) -> Callable[[dict], str]:
+        return lambda r: f"{r['arithmetic_gib'][term]:.2f}"
+
+    columns = {
+        "GiB on each GPU": lambda r: r["label"],
+        "state": gib("state"),
+        "gathered": gib("gathered"),
+        "inputs": gib("checkpoints"),
+        "one layer": gib("one layer"),
+        "loss": gib("loss"),
+        "sum": gib("sum"),
+        "measured": gib("measured"),
+        "of the sum": lambda r: f"{r['arithmetic_gib']['measured / sum']:.0%}",
+    }
+    return table(records, columns, f"{machine(records)}")
+
+
 def loss_table(folder: Path, name: str) -> str:
     (r,) = read(folder, name)
     cases = [(m, tokens, r[f"{m}_{tokens}_tokens"]) for tokens in (2048, 32768) for m in ("plain", "chunked")]
@@ -121,6 +142,19 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
     "pytorch-ddp loss": (loss_table, "loss-memory"),
+    "pytorch-fsdp speed": (speed_table, "1gpu", "2gpu", "2gpu-ddp", "2gpu-no-p2p"),
+    "pytorch-fsdp memory": (
+        memory_table,
+        "ddp",
+        "micro-1-plain",
+        "micro-1",
+        "micro-4",
+        "micro-8",
+        "micro-4-no-sync",
+        "offload",
+    ),
+    "pytorch-fsdp arithmetic": (arithmetic_table, "micro-1", "micro-4", "micro-8", "micro-4-no-sync", "offload"),
+    "pytorch-fsdp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-8"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }
 

@@ -63,7 +63,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)
     # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
-    # Gloo beside NCCL: with cpu_offload, gradients are in host memory when their norm is summed over the ranks.
+    # Gloo beside NCCL: with cpu_offload, gradients are in host memory when the scaler looks for infinities in them.
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     options = {"backend": backend, "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
@@ -150,12 +150,18 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
         scaler.scale(loss * scale).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this tells all ranks of it
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm or math.inf)
+    # Every rank has the squares of its shards. In fp64: on a CPU (cpu_offload), PyTorch's fp32 norm of a tensor of this
+    # size is off by percents.
+    shards = [parameter.grad.to_local() for parameter in model.parameters()]
+    squares = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]).square().sum()
+    dist.all_reduce(squares := squares.to(device))
+    norm = squares.sqrt()
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.train.max_grad_norm or math.inf, norm)
     scaler.step(optimizer)  # does nothing if a gradient is not finite
     scaler.update()
     optimizer.zero_grad()
     dist.all_reduce(loss_sum)
-    return (loss_sum / counts[0]).item(), norm.full_tensor().item(), int(counts[1].item())
+    return (loss_sum / counts[0]).item(), norm.item(), int(counts[1].item())
 
 
 def evaluate(model, batches, device) -> float:

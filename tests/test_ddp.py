@@ -1,23 +1,25 @@
 """pytorch-ddp by its real launchers: equality with one process and with a plain loop, kill and resume, failures."""
 
-import importlib.util
 import json
 import math
 import signal
 import subprocess
-import sys
 
 import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, refused
 from launching import (
+    EQUAL,
     SMOKE,
+    STEPS,
+    assert_close,
     command,
     curve,
     environment,
     error_line,
     kill_all,
+    load_train,
     losses,
     metrics,
     run,
@@ -30,36 +32,12 @@ from common import data, models
 from common.config import load_config
 
 PROJECT = "pytorch-ddp"
-STEPS = 30
-# At smoke.yaml's learning rate of 5e-3, rounding errors of the first steps grow to 1e-4 in thirty.
-EQUAL = [
-    *SMOKE,
-    f"train.max_steps={STEPS}",
-    "train.learning_rate=1e-3",
-    "train.lr_schedule=constant",
-    "train.warmup_steps=0",
-]
-
-
-def load_train():
-    """pytorch-ddp/train.py as a module: project folders are no packages."""
-    spec = importlib.util.spec_from_file_location("ddp_train", REPOSITORY / PROJECT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def assert_close(ours, theirs, relative):
-    assert len(ours) == len(theirs)
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
-        assert a == pytest.approx(b, rel=relative), f"step {step}"
 
 
 @pytest.fixture(scope="module")
 def plain_loop() -> list[tuple[float, float]]:
     """The reference: `model(input_ids, labels)` on whole global batches and `torch.optim.AdamW`, nothing of ours."""
-    cfg = load_config(load_train().Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
+    cfg = load_config(load_train(PROJECT).Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
     tokenizer = models.load_tokenizer(cfg.model)
     rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
     model = models.load_model(cfg.model, cfg.seed).train()
@@ -85,7 +63,7 @@ def test_losses_and_gradient_norms_are_those_of_a_plain_loop(plain_loop, tmp_pat
 
 
 def test_ranks_of_the_equality_tests_have_unequal_target_counts():
-    cfg = load_config(load_train().Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
+    cfg = load_config(load_train(PROJECT).Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
     tokenizer = models.load_tokenizer(cfg.model)
     rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
     targets = [[step.targets for step in data.step_loader(rows, cfg, 0, rank, 2)] for rank in range(2)]
@@ -235,7 +213,7 @@ def test_a_rank_that_dies_ends_the_run(tmp_path):
 def test_the_export_is_the_trained_model(tmp_path):
     run(PROJECT, *SMOKE, "train.max_steps=5", f"output_dir={tmp_path}")
     state = torch.load(tmp_path / "checkpoints/step-00000005/training.pt", weights_only=True)["model"]
-    trained = models.load_model(load_config(load_train().Config, tmp_path / "config.yaml", []).model)
+    trained = models.load_model(load_config(load_train(PROJECT).Config, tmp_path / "config.yaml", []).model)
     trained.load_state_dict(
         {
             name.removeprefix(
@@ -329,7 +307,7 @@ def test_a_run_does_not_go_on_from_another_runs_checkpoint(tmp_path):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    train = load_train()
+    train = load_train(PROJECT)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with refused("2 processes for 1 GPU", "--nproc_per_node 1"):

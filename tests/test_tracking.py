@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from wandb_log import config, history, read_wandb
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = "x" * 20_000
@@ -270,36 +271,8 @@ def test_mlflow_with_no_server(run_dir: Path):
 # --- W&B -------------------------------------------------------------------------------------------------------------
 
 
-def read_wandb(file: Path) -> list:
-    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB, records split over them) after 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, part, records = file.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left  # the padding at the end of a block
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(Record.FromString(part))
-            part = b""
-    return records
-
-
 def segments(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
-
-
-def history(records: list) -> dict[int, dict]:
-    rows = {}
-    for record in records:
-        if record.HasField("history"):
-            values = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item}
-            rows[values["_step"]] = values
-    return rows
 
 
 @pytest.mark.slow
@@ -312,11 +285,10 @@ def test_wandb_offline_and_resumed(run_dir: Path):
     assert {step: row["loss"] for step, row in history(records).items()} == {s: 1 / s for s in range(1, 21)}
     started = next(r.run for r in records if r.HasField("run"))
     assert (started.project, started.display_name) == ("letters", "first")
-    config = {(u.key or ".".join(u.nested_key)): u.value_json for r in records for u in r.config.update}
-    config |= {(u.key or ".".join(u.nested_key)): u.value_json for r in records for u in r.run.config.update}
-    assert json.loads(config["model.name"]) == "tiny:qwen2"
-    assert json.loads(config["train.max_steps"]) == 20
-    assert json.loads(config["data.prompt_template"]) == LONG
+    settings = config(records)
+    assert settings["model.name"] == "tiny:qwen2"
+    assert settings["train.max_steps"] == 20
+    assert settings["data.prompt_template"] == LONG
     saved = {f.path for r in records for f in r.files.files}
     assert {"first/config.yaml", "first/plots/loss.png"} <= saved
     assert not {path for path in saved if path.startswith("code") or path in ("requirements.txt", "output.log")}
