@@ -96,7 +96,7 @@ def main() -> None:
     weights, moments = train.get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     with Phase("shards alone"):
-        dcp.save(state, checkpoint_id=scratch / "sync")
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch / "sync", per_thread_copy_ahead=0))
     own_group = dist.new_group(backend="gloo")  # a thread's collectives must not mix with the training's
     with Phase("shards alone, asynchronous, until training may go on"):
         future = dcp.async_save(state, checkpoint_id=scratch / "async", process_group=own_group)
