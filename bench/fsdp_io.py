@@ -95,12 +95,12 @@ def main() -> None:
         train.load_checkpoint(scratch / "step-00000001", model, optimizer, scaler)
     weights, moments = train.get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    with Phase("shards alone"):
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(scratch / "sync", per_thread_copy_ahead=0))
+    with Phase("shards alone, PyTorch's default writer"):
+        dcp.save(state, checkpoint_id=scratch / "sync")
     own_group = dist.new_group(backend="gloo")  # a thread's collectives must not mix with the training's
-    with Phase("shards alone, asynchronous, until training may go on"):
+    with Phase("asynchronous, until training may go on"):
         future = dcp.async_save(state, checkpoint_id=scratch / "async", process_group=own_group)
-    with Phase("shards alone, asynchronous, the rest"):
+    with Phase("asynchronous, the rest"):
         future.result()
     with Phase("export"):
         write_model(model.model, scratch / "model", rank == 0, train.DTensor.full_tensor)
@@ -110,6 +110,7 @@ def main() -> None:
         (folder / "pytorch_model.bin").unlink()
         record = {
             "date": datetime.date.today().isoformat(),
+            "writer": "a file for each tensor",
             "model": folder.name,
             "parameters": parameters,
             "published_fp16_gib": round(bytes_on_disk / 2**30, 3),

@@ -116,6 +116,21 @@ def arithmetic_table(folder: Path, *names: str) -> str:
     return table(records, columns, f"{machine(records)}")
 
 
+def io_table(folder: Path, name: str) -> str:
+    (r,) = read(folder, name)
+    columns = {
+        "what": lambda phase: phase[0],
+        "seconds": lambda phase: f"{phase[1]['seconds']:.1f}",
+        "host memory, GiB more": lambda phase: f"{phase[1]['host_gib']:.1f}",
+    }
+    caption = (
+        f"{r['gpus']} × {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, "
+        f"{r['date']}, files in memory (/dev/shm). Published weights: {r['published_fp16_gib']:.2f} GiB in fp16, "
+        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}."
+    )
+    return table(list(r["phases"].items()), columns, caption)
+
+
 def loss_table(folder: Path, name: str) -> str:
     (r,) = read(folder, name)
     cases = [(m, tokens, r[f"{m}_{tokens}_tokens"]) for tokens in (2048, 32768) for m in ("plain", "chunked")]
@@ -154,6 +169,7 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
         "offload",
     ),
     "pytorch-fsdp arithmetic": (arithmetic_table, "micro-1", "micro-4", "micro-8", "micro-4-no-sync", "offload"),
+    "pytorch-fsdp io": (io_table, "io"),
     "pytorch-fsdp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-8"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }

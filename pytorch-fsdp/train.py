@@ -182,8 +182,10 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scale
     if rank == 0:
         torch.save(scaler.state_dict(), folder / "scaler.pt")
     weights, moments = get_state_dict(model, optimizer)
-    # NOTE: shards that are copied ahead go through page-locked memory, and PyTorch keeps that: 12 bytes a parameter.
-    writer = dcp.FileSystemWriter(folder / "shards", per_thread_copy_ahead=0)
+    # NOTE: a file for each tensor, and none copied ahead. The writer keeps what goes into a file in host memory until
+    # the file is complete: with one file a rank, all of its GPU's shards.
+    options = {"single_file_per_rank": False, "per_thread_copy_ahead": 0, "sync_files": False}  # commit() syncs
+    writer = dcp.FileSystemWriter(folder / "shards", **options)
     dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)
     dist.barrier()
     if rank == 0:

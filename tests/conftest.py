@@ -20,3 +20,24 @@ def refused(*parts: str):
     assert "\n" not in message, message
     for part in parts:
         assert part in message, f"{part!r} is not in: {message}"
+
+
+@pytest.fixture(scope="session")
+def hub_root(tmp_path_factory) -> Path:
+    """What the Hub on this machine serves: a model and a data set under each real name."""
+    from hub_content import fill
+    from hub_server import HubServer
+
+    root = tmp_path_factory.mktemp("hub")
+    fill(HubServer(root), root / "made")
+    return root
+
+
+@pytest.fixture
+def hub(hub_root):
+    """The running Hub, with its accounts and its gated model."""
+    from hub_content import GATED, TOKENS
+    from hub_server import HubServer
+
+    with HubServer(hub_root, tokens=TOKENS, gated=GATED) as server:
+        yield server

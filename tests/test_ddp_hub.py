@@ -7,8 +7,6 @@ import sys
 
 import pytest
 from conftest import REPOSITORY
-from hub_content import GATED, TOKENS, fill
-from hub_server import HubServer
 from launching import environment, error_line, metrics, run
 
 PROJECT = "pytorch-ddp"
@@ -19,19 +17,6 @@ ids = torch.tensor([AutoTokenizer.from_pretrained(sys.argv[1])("What does json.d
 with torch.no_grad():
     print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()(ids).logits.double().sum().item())
 """
-
-
-@pytest.fixture(scope="module")
-def content(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hub")
-    fill(HubServer(root), root / "made")
-    return root
-
-
-@pytest.fixture
-def hub(content):
-    with HubServer(content, tokens=TOKENS, gated=GATED) as server:
-        yield server
 
 
 def load(name: str, variables: dict[str, str]) -> float:
