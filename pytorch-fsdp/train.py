@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
+from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
@@ -70,6 +71,13 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         dist.init_process_group(**options)
     else:  # started with plain python: a group of one
         dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
+    if not gpus:  # Gloo of torch 2.7 sums where it is told to average
+        averaged = torch.zeros(1)
+        dist.reduce_scatter_tensor(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
+        if averaged != 1:
+            raise UserError(
+                f"torch {torch.__version__} cannot average gradients over CPU processes: install a later one"
+            )
     return dist.get_rank(), dist.get_world_size(), device
 
 

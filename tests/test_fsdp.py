@@ -205,7 +205,7 @@ def test_a_stopped_run_saves_its_shards(tmp_path):
     assert summary["status"] == "interrupted" and 8 <= summary["steps"] < 30, output
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert folder.name == f"step-{summary['steps']:08d}"
-    assert len(list((folder / "shards").glob("*.distcp"))) == 2
+    assert {file.name[:4] for file in (folder / "shards").glob("*.distcp")} == {"__0_", "__1_"}  # both ranks wrote
     assert not (tmp_path / "model").exists()
 
 
