@@ -72,4 +72,6 @@ def replay_steps(optimizer, steps: int) -> None:
     """
     tensors = [torch.zeros(1) for _ in range(4)]
     for step in range(1, steps + 1):
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *optimizer.defaults["betas"], 1.0, 0.0, True, *tensors)
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *optimizer.defaults["betas"], 1.0, 0.0, True, *tensors
+        )

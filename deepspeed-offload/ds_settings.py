@@ -90,8 +90,8 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") != 2:
         raise UserError(
-            f"{path}: zero_optimization.stage is {zero.get('stage', 'not set')}: set it to 2, which is what this project "
-            f"shows and what its checkpoints hold"
+            f"{path}: zero_optimization.stage is {zero.get('stage', 'not set')}: set it to 2, which is what this "
+            f"project shows and what its checkpoints hold"
         )
     device = zero.get("offload_optimizer", {}).get("device")
     if device != "cpu":
@@ -121,7 +121,9 @@ def _check(settings: dict[str, Any], known: dict[str, Any], path: Path, section:
             raise UserError(f"{path}: {key} is {json.dumps(value)}: it must be {form}")
 
 
-def engine_settings(ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
+def engine_settings(
+    ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int
+) -> dict[str, Any]:
     """What `deepspeed.initialize` takes: the JSON, and what the YAML says."""
     return ds_config | {
         "train_batch_size": cfg.train.global_batch_size,

@@ -2,9 +2,9 @@
 
 Train first; then, with the same `--config` and settings as the training:
 
-    python deepspeed-offload/eval.py --config smoke.yaml                       # one process, CPU or GPU
-    torchrun --nproc_per_node 2 deepspeed-offload/eval.py                      # several: the same figures, sooner
-    python deepspeed-offload/eval.py eval.model=meta-llama/Llama-3.2-1B-Instruct             # any other model in place of output_dir/model
+    python deepspeed-offload/eval.py --config smoke.yaml                           # one process, CPU or GPU
+    torchrun --nproc_per_node 2 deepspeed-offload/eval.py                          # several: the same figures, sooner
+    python deepspeed-offload/eval.py eval.model=meta-llama/Llama-3.2-1B-Instruct   # any other than output_dir/model
 
 Writes eval.json, samples.md and plots/eval.png into the run folder.
 """

@@ -68,8 +68,8 @@ def page_lock(zero) -> None:
             continue
         if status := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
             print(
-                f"warning: {buffer.nbytes / 2**20:,.0f} MiB of host memory cannot be page-locked (CUDA error {status}): "
-                f"copies to and from the GPU are slow, and a step may take twice as long or more",
+                f"warning: {buffer.nbytes / 2**20:,.0f} MiB of host memory cannot be page-locked (CUDA error "
+                f"{status}): copies to and from the GPU are slow, and a step may take twice as long or more",
                 file=sys.stderr,
             )
             with contextlib.suppress(RuntimeError):  # CUDA reports the refused call once more, at the next kernel

@@ -1,11 +1,11 @@
 """Fine-tune a language model with DeepSpeed ZeRO-2 and CPU offload.
 
-The GPU keeps the weights in 16 bits and computes with them. The fp32 masters, the gradients and Adam's moments, 16 of 18
-bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
+The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 16 of
+18 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
 
     deepspeed-offload/launch.sh                                        # the real run: one process for each GPU found
     deepspeed-offload/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
-    deepspeed --num_accelerators 1 deepspeed-offload/train.py          # the same as launch.sh on one GPU; torchrun works too
+    deepspeed --num_accelerators 1 deepspeed-offload/train.py          # the same as launch.sh on one GPU, or torchrun
     python deepspeed-offload/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
 
 `--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -68,6 +69,8 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)
+    else:  # gloo does what DeepSpeed would first compile a shared-memory operator for
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
     options = {"backend": "nccl" if gpus else "gloo", "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
@@ -79,7 +82,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
 
 
 def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
-    """DeepSpeed's engine: the model on this rank's device in `dtype`, its masters, gradients and moments on the host."""
+    """DeepSpeed's engine: the model on this rank's device in `dtype`; masters, gradients and moments on the host."""
     model = models.empty_model(cfg.model).to(dtype).to_empty(device=device)  # never whole in host memory
     model.tie_weights()
     model.train()
@@ -89,6 +92,8 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     if cfg.train.compile:
         for layer in models.decoder_layers(model):
             layer.compile()
+    # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
     groups = small_groups(models.parameter_groups(model, cfg.train.weight_decay), cfg.offload.group_millions * 1e6)
     if cfg.offload.optimizer == "cpu_adam":
         optimizer = DeepSpeedCPUAdam(groups, lr=cfg.train.learning_rate)
@@ -202,7 +207,7 @@ def load_checkpoint(folder: Path, engine) -> None:
 
 
 def read_part(part: torch.Tensor, folder: Path, name: str, ranks: int) -> None:
-    """Fill this rank's `part` of a group from those that `ranks` ranks wrote: all parts in a row are the whole group."""
+    """Fill this rank's `part` of a group from what `ranks` ranks wrote: their parts in a row are the whole group."""
     begin, at = dist.get_rank() * len(part), 0
     for rank in range(ranks):
         saved = torch.load(folder / f"{name}-{rank}.pt", mmap=True, weights_only=True)
@@ -234,6 +239,7 @@ def train(cfg: Config) -> None:
         model, zero = engine.module.model, engine.optimizer
 
         same_run = identity(cfg, PROJECT, architecture, rows.fingerprint())
+        same_run["offload.group_millions"] = cfg.offload.group_millions  # a checkpoint's files are by group
         checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
         found = [checkpoints.find(cfg.checkpoint.resume) if rank == 0 else None]
         dist.broadcast_object_list(found)
@@ -283,7 +289,7 @@ def master(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def launcher_pid() -> int:
-    """The first process of the run, whose tree takes the host memory: DeepSpeed's launcher is a chain of several."""
+    """The first process of the run, whose tree takes the host memory: DeepSpeed's launcher is a chain of two."""
     if "LOCAL_SIZE" not in os.environ:
         return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     return psutil.Process(os.getppid()).ppid()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fine-tune with DeepSpeed's ZeRO-2 offload: one process for each GPU found, or two on the CPU where there is none.
+#
+#   deepspeed-offload/launch.sh [--config FILE] [key=value ...]
+#   NPROC_PER_NODE=1 deepspeed-offload/launch.sh ...                              # another number of processes
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-offload/launch.sh ...     # on each of two machines
+set -euo pipefail
+folder=$(cd "$(dirname "$0")" && pwd)
+source "$folder/../common/deepspeed.sh"
+deepspeed_script "$folder/train.py" "$@"
