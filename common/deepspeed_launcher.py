@@ -93,6 +93,9 @@ def _free_port() -> int:
 
 def main() -> int:
     processes, *script = sys.argv[1:]
+    # AdamW runs on the CPU: every process gets its share of the cores, or each would take all of them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(processes))))
     # Ranks tell by themselves why they fail, in one line. --no_local_rank: it stands in the environment.
     options = [*launcher_options(int(processes)), "--no_local_rank", "--log_level=critical"]
     return run([sys.executable, "-m", "deepspeed.launcher.launch", *options, *script])

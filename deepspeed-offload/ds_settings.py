@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from common.config import BaseConfig
 from common.errors import UserError
@@ -124,7 +125,12 @@ def _check(settings: dict[str, Any], known: dict[str, Any], path: Path, section:
 def engine_settings(
     ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes: the JSON, and what the YAML says."""
+    """What `deepspeed.initialize` takes: the JSON, and what the YAML says.
+
+    Raises `UserError` for a precision that DeepSpeed does not offer on this device (fp16 on most CPUs).
+    """
+    if dtype == torch.float16 and not get_accelerator().is_fp16_supported():
+        raise UserError("train.precision=fp16: DeepSpeed has no fp16 on this CPU; set train.precision=fp32 or bf16")
     return ds_config | {
         "train_batch_size": cfg.train.global_batch_size,
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,

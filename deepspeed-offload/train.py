@@ -3,7 +3,7 @@
 The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 16 of
 18 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
 
-    deepspeed-offload/launch.sh                                        # the real run: one process for each GPU found
+    deepspeed-offload/launch.sh                                        # the real run, on one GPU
     deepspeed-offload/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
     deepspeed --num_accelerators 1 deepspeed-offload/train.py          # the same as launch.sh on one GPU, or torchrun
     python deepspeed-offload/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
