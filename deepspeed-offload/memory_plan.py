@@ -97,19 +97,22 @@ def host_bytes(model: Model, settings: dict, b: int, ranks: int, local_ranks: in
     """Bytes on one machine by purpose, all its ranks together, in training; load and export take less."""
     pinned = settings["zero_optimization"]["offload_optimizer"].get("pin_memory", True) and device == "cuda"
 
-    def buffers(size: int) -> float:
-        """One of `size` bytes a parameter for each group; DeepSpeed's own page-locking rounds up to powers of two."""
-        each = [size * -(-numel // ranks) for numel in model.groups]
-        return local_ranks * sum(1 << (n - 1).bit_length() if pinned else n for n in each)
+    def buffer(size: int) -> int:  # DeepSpeed's own page-locking rounds up to powers of two
+        return 1 << (size - 1).bit_length() if pinned else size
 
-    accumulating = settings["gradient_accumulation_steps"] > 1
+    def buffers(size: int) -> int:
+        """One of `size` bytes a parameter for each group, on all ranks of the machine."""
+        return local_ranks * sum(buffer(size * -(-numel // ranks)) for numel in model.groups)
+
     return {
         "masters": buffers(4),
         "gradients": buffers(4),
         "moments": local_ranks * 8 * model.parameters / ranks,
-        # DeepSpeed pins one for every group, and its allocator keeps those that share_staging lets go.
-        "staging": buffers(b) if pinned else local_ranks * b * max(model.groups) / ranks,
-        "gradients of earlier micro-batches": buffers(b) if accumulating else 0.0,
+        # Where DeepSpeed pins, each group has one, and one more is for nothing: its allocator keeps what is let go.
+        "staging": buffers(b) + local_ranks * buffer(b * model.largest)
+        if pinned
+        else local_ranks * b * max(model.groups) / ranks,
+        "gradients of earlier micro-batches": buffers(b) if settings["gradient_accumulation_steps"] > 1 else 0,
         "processes": local_ranks * PROCESS[device] + (LAUNCHER if "RANK" in os.environ else 0),
     }
 

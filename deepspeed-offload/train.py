@@ -115,8 +115,8 @@ def read_weights(cfg: Config, model) -> None:
         value = source.get_parameter(name)
         parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value.float())
-    for name, buffer in model.named_buffers():
-        buffer.copy_(source.get_buffer(name))
+    for name, buffer in model.named_buffers():  # not in 16 bits: positions would lose their precision
+        buffer.data = source.get_buffer(name).to(buffer.device)
 
 
 def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
