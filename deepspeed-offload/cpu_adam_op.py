@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def find_tools() -> None:
 
 def compiled_before() -> bool:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return any(CPUAdamBuilder.NAME in folders for _, folders, _ in os.walk(root))
+    return any(Path(root).rglob(f"{CPUAdamBuilder.NAME}.so"))
 
 
 def _load(quiet: bool) -> None:
