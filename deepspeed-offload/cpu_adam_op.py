@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -23,7 +24,8 @@ def build_cpu_adam() -> None:
     On each machine the first rank compiles and the others wait: two compilers at work on one folder break it.
     Raises `UserError` where the compiler or ninja is missing or fails.
     """
-    find_tools()
+    if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
+        find_tools()
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if first:
         _load(compiled_before())
