@@ -34,7 +34,6 @@ CASES = {
     "512-micro-16": offload("16 × 512", settings(512, 16)),
     "512-micro-32": offload("32 × 512", settings(512, 32)),
     "512-micro-64": offload("64 × 512", settings(512, 64)),
-    "512-micro-96": offload("96 × 512", settings(512, 96)),
     "1024-micro-4": offload("4 × 1,024", settings(1024, 4)),
     "1024-micro-8": offload("8 × 1,024", settings(1024, 8)),
     "1024-micro-16": offload("16 × 1,024", settings(1024, 16)),
