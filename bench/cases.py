@@ -36,6 +36,7 @@ class Case:
     as_t4: bool = False  # with a T4's attention kernels only
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
+    launcher: str = "torchrun"  # or deepspeed
 
 
 def run_case(project: str, name: str, case: Case, common_settings: list[str]) -> dict:
@@ -43,8 +44,12 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         script = [*(["bench/as_t4.py"] if case.as_t4 else []), f"{case.project or project}/train.py"]
         settings = [*common_settings, *case.settings]
-        arguments = ["--standalone", "--nproc_per_node", str(case.gpus), *script, *settings]
-        command = [sys.executable, "-m", "common.torchrun", *arguments, f"output_dir={folder}/run"]
+        if case.launcher == "torchrun":
+            launcher, count = ["common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
+        else:
+            launcher, count = ["common.deepspeed_launcher"], "--num_accelerators"
+        arguments = [*launcher, str(case.gpus), *script, *settings]
+        command = [sys.executable, "-m", *arguments, f"output_dir={folder}/run"]
         done = subprocess.run(
             command,
             cwd=REPOSITORY,
@@ -68,13 +73,14 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         "label": case.label,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
-            [*(f"{k}={v}" for k, v in case.variables.items()), "torchrun", "--nproc_per_node", str(case.gpus), *script]
+            [*(f"{k}={v}" for k, v in case.variables.items()), case.launcher, count, str(case.gpus), *script]
             + [re.sub(r"=/.*/", "=", setting) for setting in settings]
         ),
         "settings": dict(s.split("=", 1) for s in case.settings),
         "gpus": case.gpus,
         "summary": summary,
         "first_steps": steps[:6],
+        "last_steps": [step for step in steps if "loss" in step][-1:],
         "environment": environment,
     }
 

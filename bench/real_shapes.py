@@ -27,6 +27,12 @@ SHAPES = {
         "num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048,
         "activation_function": "relu", "do_layer_norm_before": True, "tie_word_embeddings": True,
     },
+    "meta-llama/Llama-3.2-1B-Instruct": {  # but for rope_scaling, which is only arithmetic on the positions
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 VOCABULARY = 32000  # ids above it are never drawn; the head computes all of the model's vocabulary all the same
 

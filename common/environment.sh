@@ -1,12 +1,14 @@
 # Sourced by every launch.sh: puts the Python environment on the PATH. An active virtual environment is used; else the
-# repository's .venv; else the system's Python where it has what is needed (Kaggle); else .venv is built.
+# repository's .venv; else the system's Python where it has what is needed (Kaggle); else .venv is built. A project that
+# needs more packages than all do names them in `also_needed`.
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 missing_packages() { # prints what `python` lacks; finds packages without importing them
-    python - <<'PYTHON' 2>/dev/null || echo python
+    python - ${also_needed:-} <<'PYTHON' 2>/dev/null || echo python
+import sys
 from importlib.util import find_spec
 names = ("torch", "transformers", "datasets", "accelerate", "omegaconf", "psutil", "matplotlib", "rouge_score")
-print(*(name for name in names if find_spec(name) is None))
+print(*(name for name in (*names, *sys.argv[1:]) if find_spec(name) is None))
 PYTHON
 }
 
@@ -17,7 +19,7 @@ elif [[ -x $repository/.venv/bin/python || (-n $missing && -z ${VIRTUAL_ENV:-}${
     make --silent -C "$repository" .venv/ready
     PATH=$repository/.venv/bin:$PATH
 elif [[ -n $missing ]]; then
-    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp]\"' in it, or" \
+    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp,deepspeed]\"' in it, or" \
         "deactivate it: the repository's own .venv is then built and used" >&2
     exit 2
 fi

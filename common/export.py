@@ -27,11 +27,13 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 def write_model(model: PreTrainedModel, folder: Path, is_main: bool, gather: Callable[[Tensor], Tensor]) -> None:
     """Write config.json and safetensors files of at most FILE_SIZE (or one tensor, if that is larger) to `folder`.
 
-    `gather` gives the whole of a sharded tensor. It may be a collective: every rank calls this function, `gather` is
-    called once for each tensor in the same order everywhere, and only the main process keeps the result and writes.
+    `gather` gives the whole of a sharded tensor, in fp32. It may be a collective: every rank calls this function,
+    `gather` is called once for each tensor in the same order everywhere, and only the main process keeps the result and
+    writes.
     """
     weights = dict(named_weights(model))
-    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in weights.items()}
+    # The model's own tensors may be 16-bit copies of what `gather` gives.
+    empty = {name: torch.empty(t.shape, dtype=torch.float32, device="meta") for name, t in weights.items()}
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=FILE_SIZE)
     if is_main:
         folder.mkdir(parents=True)

@@ -1,0 +1,105 @@
+"""The `deepspeed` launcher, with patience when it is told to stop and a shell's exit codes.
+
+`python -m common.deepspeed_launcher PROCESSES SCRIPT [arguments]` starts what the `deepspeed` command starts on each
+machine, `deepspeed.launcher.launch`, and spares the memory of the command itself. By themselves they leave the training
+running when they are ended by SIGTERM, or give it 30 seconds, too few for a checkpoint. So a signal goes to the
+processes that train; they save and leave, and DeepSpeed's launcher ends after them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+import psutil
+
+from common import errors
+from common.errors import UserError
+
+PATIENCE_SECONDS = 300
+
+
+def launcher_options(processes: int) -> list[str]:
+    """So many processes here, or on each of NNODES machines, each of which starts its own: no ssh is needed."""
+    nodes = os.environ.get("NNODES")
+    if nodes and (missing := [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]):
+        raise UserError(
+            f"NNODES={nodes}, but {missing[0]} is not set: NODE_RANK is 0 on the first machine, 1 on the next ...; "
+            f"MASTER_ADDR is the first machine's address"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",")[:processes] if visible else list(range(processes))
+    machines = {f"machine-{i}": devices for i in range(int(nodes or 1))}
+    return [
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()}",
+        f"--node_rank={os.environ['NODE_RANK'] if nodes else 0}",
+        f"--master_addr={os.environ['MASTER_ADDR'] if nodes else '127.0.0.1'}",
+        f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else _free_port()}",
+    ]
+
+
+def training_processes(launcher: psutil.Process) -> list[psutil.Process]:
+    """The processes that have a rank; what they started themselves is theirs to stop."""
+    found = []
+    for process in launcher.children(recursive=True):
+        try:
+            if "RANK" in process.environ() and "RANK" not in process.parent().environ():
+                found.append(process)
+        except (psutil.Error, AttributeError):  # it has ended meanwhile
+            continue
+    return found
+
+
+def run(command: list[str]) -> int:
+    """Run the launcher to its end and return the exit code, as a shell would tell it."""
+    # A group of its own: Ctrl-C in a terminal would else reach every process at once.
+    launcher = psutil.Popen(command, process_group=0)
+    stopped_by, deadline = 0, float("inf")
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped_by, deadline
+        deadline = 0 if stopped_by == signal.SIGINT == number else time.monotonic() + PATIENCE_SECONDS
+        stopped_by = number
+        for process in training_processes(launcher) or [launcher]:
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    while launcher.poll() is None:
+        try:
+            launcher.wait(timeout=1)
+        except psutil.TimeoutExpired:
+            if time.monotonic() > deadline:
+                for process in [*launcher.children(recursive=True), launcher]:
+                    process.kill()
+    code = launcher.returncode
+    if stopped_by:
+        return 128 + stopped_by
+    if code > 192:  # DeepSpeed's launcher tells a rank's death by signal 9 as -9, that is 247
+        return 128 + 256 - code
+    return code if code >= 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> int:
+    processes, *script = sys.argv[1:]
+    # AdamW runs on the CPU: every process gets its share of the cores, or each would take all of them.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(processes))))
+    # Ranks tell by themselves why they fail, in one line. --no_local_rank: it stands in the environment.
+    options = [*launcher_options(int(processes)), "--no_local_rank", "--log_level=critical"]
+    return run([sys.executable, "-m", "deepspeed.launcher.launch", *options, *script])
+
+
+if __name__ == "__main__":
+    errors.run(main)

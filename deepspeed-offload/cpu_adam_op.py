@@ -1,0 +1,80 @@
+"""DeepSpeed's cpu_adam: compiled before the training, with a plain word where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from torch.utils.cpp_extension import get_default_build_root
+
+from common.errors import UserError
+
+INSTEAD = "or set offload.optimizer=torch, PyTorch's own AdamW on the CPU, which needs neither"
+
+
+def build_cpu_adam() -> None:
+    """Compile DeepSpeed's AdamW for this machine's CPU, or load what was compiled before.
+
+    On each machine the first rank compiles and the others wait: two compilers at work on one folder break it.
+    Raises `UserError` where the compiler or ninja is missing or fails.
+    """
+    if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
+        find_tools()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if first:
+        _load(compiled_before())
+    dist.barrier()
+    if not first:
+        _load(True)
+
+
+def find_tools() -> None:
+    """Raise `UserError` if ninja or a C++ compiler is missing; put the ninja of the Python package on the PATH."""
+    if not shutil.which("ninja"):
+        try:
+            import ninja
+        except ImportError:
+            raise UserError(
+                f"DeepSpeed's cpu_adam is compiled with ninja, which is not installed: pip install ninja, {INSTEAD}"
+            ) from None
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise UserError(
+            f"DeepSpeed's cpu_adam is compiled with a C++ compiler, and {compiler} is not installed: install g++ (on "
+            f"Debian and Ubuntu: apt-get install g++), or set CXX to another one, {INSTEAD}"
+        )
+
+
+def compiled_before() -> bool:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return any(Path(root).rglob(f"{CPUAdamBuilder.NAME}.so"))
+
+
+def _load(quiet: bool) -> None:
+    if not quiet:
+        print("Compiling DeepSpeed's cpu_adam for this machine, once: a minute or two ...", file=sys.stderr, flush=True)
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # of torch's builder, the compiler, the linker or the loader
+        reason = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
+        raise UserError(f"DeepSpeed's cpu_adam does not compile: {reason.strip()}; mend that, {INSTEAD}") from error
+
+
+def replay_steps(optimizer, steps: int) -> None:
+    """Bring the op to where it was after `steps` steps.
+
+    It keeps the powers of Adam's betas as running products, in no state that could be saved. Computed anew they differ
+    in the last bit, and so would every later step.
+    """
+    tensors = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *optimizer.defaults["betas"], 1.0, 0.0, True, *tensors
+        )

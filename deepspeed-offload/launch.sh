@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fine-tune with DeepSpeed's ZeRO-2 offload: on one GPU, or with two processes on the CPU where there is none.
+#
+#   deepspeed-offload/launch.sh [--config FILE] [key=value ...]
+#   NPROC_PER_NODE=2 deepspeed-offload/launch.sh ...                              # another number of processes
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-offload/launch.sh ...     # on each of two machines
+set -euo pipefail
+folder=$(cd "$(dirname "$0")" && pwd)
+source "$folder/../common/deepspeed.sh"
+if ((gpus > 0)); then processes=${NPROC_PER_NODE:-1}; fi # the point of offload: one GPU will do
+deepspeed_script "$folder/train.py" "$@"

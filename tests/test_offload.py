@@ -1,0 +1,461 @@
+"""deepspeed-offload by its real launchers: equality with pytorch-ddp, kill and resume, preflight, failures."""
+
+import base64
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, refused
+from launching import (
+    EQUAL,
+    SMOKE,
+    assert_close,
+    curve,
+    environment,
+    error_line,
+    kill_all,
+    losses,
+    metrics,
+    run,
+    start,
+    wait_for_step,
+)
+from transformers import AutoModelForCausalLM
+from wandb_log import history, read_wandb
+
+from common import deepspeed_launcher, models
+from common.config import ModelConfig, load_config
+
+PROJECT = "deepspeed-offload"
+# Groups of 50,000 parameters: the tiny model then has several, as the real one does.
+GROUPS = "offload.group_millions=0.05"
+SAME = [*EQUAL, "model.name=tiny:llama", "train.weight_decay=0.1"]  # what both projects are given
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The project's own modules: its folder is no package, and the names of its files are on the path in it only."""
+    sys.path.insert(0, str(REPOSITORY / PROJECT))
+    try:
+        yield {name: _load(name) for name in ("host_buffers", "memory_plan", "ds_settings", "cpu_adam_op", "train")}
+    finally:
+        sys.path.remove(str(REPOSITORY / PROJECT))
+
+
+def _load(name: str):
+    registered = f"offload_{name}" if name == "train" else name
+    spec = importlib.util.spec_from_file_location(registered, REPOSITORY / PROJECT / f"{name}.py")
+    module = sys.modules[registered] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> list[tuple[float, float]]:
+    """Losses and gradient norms of pytorch-ddp: the same model, rows and seed, clipping on."""
+    folder = tmp_path_factory.mktemp("ddp")
+    run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
+    norms = [norm for _, norm in losses(folder)]
+    assert min(norms) < 1 < max(norms)  # some steps clip, some do not
+    return losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 16), (2, 2)])
+def test_losses_and_gradient_norms_are_those_of_ddp(ddp, tmp_path, processes, micro_batch):
+    """Prompt-masked rows: the ranks have unequal target counts (test_ddp.py). One micro-batch a step, and four."""
+    run(PROJECT, *SAME, GROUPS, f"train.micro_batch_size={micro_batch}", f"output_dir={tmp_path}", processes=processes)
+    assert_close(losses(tmp_path), ddp, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "relative"),
+    [
+        (["offload.optimizer=torch", "train.activation_checkpointing=true"], 1e-4),
+        (["train.precision=bf16", "train.compile=true"], 2e-2),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_options_train_alike(ddp, tmp_path, settings, relative):
+    steps = 8
+    run(PROJECT, *SAME, GROUPS, f"train.max_steps={steps}", *settings, f"output_dir={tmp_path}", processes=1)
+    ours = [loss for loss, _ in losses(tmp_path)]
+    assert ours == pytest.approx([loss for loss, _ in ddp[:steps]], rel=relative)
+    assert ours != pytest.approx([loss for loss, _ in ddp[:steps]], rel=1e-12), "the setting had no effect"
+
+
+@pytest.mark.slow
+def test_torchrun_and_the_deepspeed_command_start_it_too(ddp, tmp_path):
+    script = [f"{PROJECT}/train.py", "--config", "smoke.yaml", *SAME, GROUPS, "train.max_steps=3"]
+    starts = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        "deepspeed": ["deepspeed.launcher.runner", "--num_accelerators=2"],
+    }
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", *launcher, *script, f"output_dir={tmp_path / name}"],
+            cwd=REPOSITORY,
+            env=environment(DS_ACCELERATOR="cpu"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, launcher in starts.items()
+    }
+    for name, process in running.items():
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+        assert_close(losses(tmp_path / name), ddp[:3], 1e-4)
+
+
+# An epoch is 12 steps here: a run of 20 crosses into the second, in another order.
+RESUME = [
+    *SMOKE,
+    GROUPS,
+    "data.train_rows=200",
+    "train.max_steps=20",
+    "train.learning_rate=1e-3",
+    "checkpoint.every=4",
+    "checkpoint.keep=2",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that the killed and stopped ones must equal; it also has a W&B run, offline."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(PROJECT, *RESUME, "tracking.backend=wandb", f"output_dir={folder}")
+    assert len(losses(folder)) == 20
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_records_and_a_model_with_the_weights_of_the_masters(undisturbed, modules):
+    assert json.loads((undisturbed / "summary.json").read_text())["status"] == "completed"
+    (wandb_run,) = undisturbed.parent.rglob("*.wandb")
+    logged = history(read_wandb(wandb_run))
+    assert [logged[step]["loss"] for step in range(1, 21)] == [loss for loss, _ in losses(undisturbed)]
+    plan = json.loads((undisturbed / "environment.json").read_text())["memory_plan"]["host"]
+    assert 0 < plan["predicted_gib"] < plan["available_gib"]
+
+    # The export against the masters that the two ranks wrote, laid together by the groups' order.
+    cfg = load_config(modules["train"].Config, undisturbed / "config.yaml", [])
+    model = models.load_model(cfg.model, cfg.seed)
+    groups = models.parameter_groups(model, cfg.train.weight_decay)
+    pieces = modules["host_buffers"].small_groups(groups, cfg.offload.group_millions * 1e6)
+    assert len(pieces) > 3
+    for i, piece in enumerate(pieces):
+        parts = [undisturbed / f"checkpoints/step-00000020/masters-{i}-{rank}.pt" for rank in range(2)]
+        flat = torch.cat([torch.load(part, weights_only=True) for part in parts])
+        for parameter in piece["params"]:
+            values, flat = flat[: parameter.numel()], flat[parameter.numel() :]
+            parameter.data.copy_(values.view(parameter.shape))
+    ids = torch.arange(64).reshape(2, 32)
+    exported = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()
+    assert {p.dtype for p in exported.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
+    settings = [*RESUME, f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, 14)
+    kill_all(process)
+    output = run(PROJECT, *settings)
+    assert "Going on from the checkpoint of step 12" in output
+    assert curve(tmp_path) == curve(undisturbed)
+    assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
+    settings = [*RESUME, "checkpoint.every=0", f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, 7)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 7 <= summary["steps"] < 20, output
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{summary['steps']:08d}"]
+    assert not (tmp_path / "model").exists()
+
+    run(PROJECT, *settings, processes=1)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
+    assert_close(losses(tmp_path), losses(undisturbed), 1e-4)
+    line = error_line(run(PROJECT, *settings, "offload.group_millions=0.1", processes=1, exit_code=2))
+    assert "offload.group_millions is 0.1" in line and "written with 0.05" in line
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
+    wait_for_step(process, tmp_path, 2)
+    ranks = deepspeed_launcher.training_processes(psutil.Process(process.pid))
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGKILL)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode, output
+
+
+# Each with the words that the one line must hold: the key or file, and what to set.
+MISTAKES = {
+    "misspelt key": (["offload.optimiser=torch"], ["offload.optimiser", "offload.optimizer"]),
+    "optimizer": (["offload.optimizer=cpuadam"], ["offload.optimizer=cpuadam", "cpu_adam"]),
+    "global batch": (["train.global_batch_size=18"], ["train.global_batch_size=18", "16 or 20"]),
+    "max_length": (["data.max_length=4096"], ["data.max_length=4096", "1024"]),
+    "missing column": (["data.prompt_column=question"], ["data.prompt_column=question", "prompt, response"]),
+    "no DeepSpeed settings": (["offload.ds_config=nowhere.json"], ["offload.ds_config=nowhere.json"]),
+    "no checkpoint": (["checkpoint.resume=runs/nowhere"], ["checkpoint.resume=runs/nowhere"]),
+    "precision": (["train.precision=fp16"], ["train.precision=fp16", "fp32 or bf16"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["no DeepSpeed settings", "missing column"])
+def test_two_processes_report_a_mistake_once(tmp_path, mistake):
+    settings, words = MISTAKES[mistake]
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2)
+    line = error_line(output)
+    assert all(word in line for word in words), line
+    assert "Training:" not in output and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_in_one_line_that_names_it(tmp_path):
+    """All at once: each start takes its time to import DeepSpeed."""
+    running = {
+        mistake: start(PROJECT, *SMOKE, f"output_dir={tmp_path / mistake.replace(' ', '-')}", *settings, processes=1)
+        for mistake, (settings, _) in MISTAKES.items()
+        if not (mistake == "precision" and _cpu_has_fp16())
+    }
+    for mistake, process in running.items():
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 2, output
+        line = error_line(output)
+        assert all(word in line for word in MISTAKES[mistake][1]), line
+        assert "Training:" not in output and not (tmp_path / mistake.replace(" ", "-") / "metrics.jsonl").exists()
+
+
+def _cpu_has_fp16() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
+@pytest.mark.slow
+def test_a_machine_without_compiler_or_ninja_is_told_what_to_do(tmp_path):
+    """A PATH without compilers: what cannot be compiled is named, and torch's AdamW needs none of them."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("nproc", "uname", "git"):
+        if found := next((p for p in ("/usr/bin", "/bin") if os.path.exists(f"{p}/{name}")), None):
+            (tools / name).symlink_to(f"{found}/{name}")
+    variables = {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    command = [sys.executable, f"{PROJECT}/train.py", "--config", "smoke.yaml", *SMOKE, "train.max_steps=2"]
+
+    def outcome(*settings: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, f"output_dir={tmp_path / 'run'}", *settings],
+            cwd=REPOSITORY,
+            env=environment() | variables,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = outcome()
+    line = error_line(output)
+    assert code == 2 and "C++ compiler" in line and "c++" in line and "offload.optimizer=torch" in line
+    code, output = outcome("offload.optimizer=torch")
+    assert code == 0, output
+    assert len(losses(tmp_path / "run")) == 2
+
+
+DS = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}}
+BAD_DS_CONFIGS = {
+    "global batch": ({**DS, "train_batch_size": 32}, ["train_batch_size", "train.global_batch_size"]),
+    "micro batch": ({**DS, "train_micro_batch_size_per_gpu": 4}, ["train.micro_batch_size"]),
+    "accumulation": ({**DS, "gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "global_batch_size"]),
+    "clipping": ({**DS, "gradient_clipping": 1.0}, ["gradient_clipping", "train.max_grad_norm"]),
+    "fp16": ({**DS, "fp16": {"enabled": True}}, ["fp16.enabled", "train.precision"]),
+    "bf16": ({**DS, "bf16": {"enabled": True}}, ["bf16", "train.precision"]),
+    "optimizer": ({**DS, "optimizer": {"type": "AdamW"}}, ["optimizer", "train.learning_rate", "offload.optimizer"]),
+    "scheduler": ({**DS, "scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.lr_schedule"]),
+    "printing": ({**DS, "steps_per_print": 10}, ["steps_per_print", "metrics.jsonl"]),
+    "misspelt section": ({"zero_optimisation": {}}, ["zero_optimisation", "zero_optimization"]),
+    "misspelt key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, ["overlap_com", "overlap_comm"]),
+    "misspelt key of the YAML's": ({**DS, "gradient_cliping": 1}, ["gradient_cliping", "gradient_clipping"]),
+    "wrong type": ({"zero_optimization": {"stage": "two"}}, ["zero_optimization.stage", '"two"', "whole number"]),
+    "true is no number": ({"zero_optimization": {"reduce_bucket_size": True}}, ["reduce_bucket_size", "whole number"]),
+    "no object": ({"zero_optimization": 2}, ["zero_optimization is 2", "object"]),
+    "other stage": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "set it to 2"]),
+    "no stage": ({}, ["zero_optimization.stage is not set", "set it to 2"]),
+    "no offload": ({"zero_optimization": {"stage": 2}}, ["offload_optimizer.device is not set", "cpu"]),
+    "offload to a disk": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+        ["offload_optimizer.device is nvme", "cpu"],
+    ),
+    "a list": ([1], ["one object"]),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_DS_CONFIGS)
+def test_a_wrong_ds_config_is_refused_with_the_key_and_what_to_set(modules, tmp_path, mistake):
+    settings, words = BAD_DS_CONFIGS[mistake]
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    with refused("ds.json", *words):
+        modules["ds_settings"].read_ds_config(str(path), tmp_path)
+
+
+def test_invalid_json_is_refused_with_line_and_column(modules, tmp_path):
+    (tmp_path / "ds.json").write_text('{\n  "zero_optimization": {\n    "stage": 2,\n  }\n}\n')
+    with refused("ds.json:", "not valid JSON"):
+        modules["ds_settings"].read_ds_config("ds.json", tmp_path)
+    (tmp_path / "ds.json").write_text('{\n  "zero_optimization" 2\n}\n')
+    with refused("ds.json:2:23: not valid JSON"):
+        modules["ds_settings"].read_ds_config("ds.json", tmp_path)
+
+
+def test_the_shipped_files_are_accepted_and_completed_from_the_yaml(modules):
+    train, ds_settings = modules["train"], modules["ds_settings"]
+    cfg = load_config(train.Config, REPOSITORY / PROJECT / "config.yaml", [])
+    for file in ("ds_config.json", str(REPOSITORY / "bench/ds_default.json")):
+        ds_config = ds_settings.read_ds_config(file, REPOSITORY / PROJECT)
+        settings = ds_settings.engine_settings(ds_config, cfg, torch.bfloat16, 1)
+        assert (settings["train_batch_size"], settings["gradient_clipping"]) == (16, 1.0)
+        assert (settings["fp16"]["enabled"], settings["bf16"]["enabled"]) == (False, True)
+        assert settings["zero_optimization"] == ds_config["zero_optimization"]
+
+
+# The preflight, with the shapes of Llama-3.2-1B in its formulas.
+@pytest.fixture
+def llama(modules):
+    layer = 60817408
+    return modules["memory_plan"].Model(
+        groups=[262668288, *[layer] * 16, 67584],
+        largest=262668288,
+        head=262668288,
+        vocabulary=128256,
+        width=2048,
+        inner=8192,
+        layers=16,
+    )
+
+
+def ds(accumulation: int = 1, pin_memory: bool = False) -> dict:
+    offload = {"device": "cpu", "pin_memory": pin_memory}
+    zero = {"stage": 2, "offload_optimizer": offload, "reduce_bucket_size": 10**8, "overlap_comm": True}
+    return {"zero_optimization": zero, "gradient_accumulation_steps": accumulation}
+
+
+def test_the_host_prediction_adds_up_what_deepspeed_allocates(modules, llama):
+    plan, gib = modules["memory_plan"], 2**30
+    one = plan.host_bytes(llama, ds(), 2, 1, 1, "cuda")
+    assert one["masters"] == one["gradients"] == 4 * llama.parameters
+    assert one["moments"] == 8 * llama.parameters and one["staging"] == 2 * llama.head
+    assert sum(one.values()) / gib == pytest.approx(18.9 + plan.PROCESS["cuda"] / gib, abs=0.1)
+    # Two ranks share the model's state; each is a process of its own.
+    two = plan.host_bytes(llama, ds(), 2, 2, 2, "cuda")
+    assert sum(two.values()) - sum(one.values()) == pytest.approx(plan.PROCESS["cuda"], rel=1e-3)
+    # Accumulation keeps the earlier micro-batches' gradients in 16 bits.
+    accumulating = plan.host_bytes(llama, ds(accumulation=4), 2, 1, 1, "cuda")
+    assert sum(accumulating.values()) - sum(one.values()) == 2 * llama.parameters
+    # DeepSpeed's own page-locking: a layer's 232 MiB become 256, a 16-bit buffer stays for every group.
+    pinned = plan.host_bytes(llama, ds(pin_memory=True), 2, 1, 1, "cuda")
+    assert pinned["masters"] == gib + 16 * 2**28 + 2**19 and pinned["staging"] > one["staging"] + 2 * gib
+
+
+def test_the_gpu_prediction_grows_with_what_it_should(modules, llama):
+    plan = modules["memory_plan"]
+
+    def total(tokens=16384, b=2, checkpointing=True, **settings):
+        return sum(plan.gpu_bytes(llama, ds(**settings), b, tokens, checkpointing).values()) / 2**30
+
+    assert total() > total(tokens=4096) and total(b=4) > 1.8 * total()
+    assert total(checkpointing=False) > 2 * total()
+    assert total() < 14.7 < total(tokens=65536)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "max", "memory.current": "5"}, None),
+        ({"memory.max": "1000", "memory.current": "400", "memory.stat": "anon 300\ninactive_file 100"}, 700),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712", "memory/memory.usage_in_bytes": "5"}, None),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "400",
+                "memory/memory.stat": "total_inactive_file 50",
+            },
+            650,
+        ),
+    ],
+    ids=["v2 without limit", "v2", "v1 without limit", "v1"],
+)
+def test_a_containers_limit_counts(modules, tmp_path, files, left):
+    plan = modules["memory_plan"]
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    whole = plan.psutil.virtual_memory().available
+    found = plan.host_memory(tmp_path)
+    assert found == left if left else abs(found - whole) < 2**30
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("12:cpu,memory:/slice\n0::/slice\n")
+    assert plan.host_memory(tmp_path) == found if left else True
+
+
+def test_too_little_memory_is_an_error_and_little_a_warning(modules, capsys):
+    compare, gib = modules["memory_plan"]._compare, 2**30
+    parts = {"weights": 2.3 * gib, "step": 5.2 * gib}
+    with refused("GPU memory", "needs about 7.5 GiB", "weights 2.3", "6.0 GiB are there", "1.5 GiB too little", "less"):
+        compare("GPU", parts, 6 * gib, ["less"])
+    assert compare("GPU", parts, 16 * gib, ["less"])["predicted_gib"] == 7.5
+    assert capsys.readouterr().err == ""
+    compare("GPU", parts, 8 * gib, ["less"])
+    assert "warning: GPU memory will be tight: about 7.5 of 8.0 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path):
+    shapes = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248,
+              "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8}  # fmt: skip
+    folder = tmp_path / "llama-405b"
+    models.load_tokenizer(ModelConfig(name="tiny:llama")).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(shapes))
+    settings = [*SMOKE, f"model.name={folder}", "model.random_weights=true", f"output_dir={tmp_path / 'run'}"]
+    line = error_line(run(PROJECT, *settings, processes=1, exit_code=2))
+    assert "host memory: this run needs about" in line and "too little" in line and "a smaller model" in line
+
+
+def test_the_launcher_is_told_about_machines_and_devices(monkeypatch):
+    def world(options):
+        return json.loads(base64.urlsafe_b64decode(options[0].split("=", 1)[1]))
+
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": [0, 1]}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["2", "5"]}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("NODE_RANK", "1")
+    with refused("NNODES=2", "MASTER_ADDR"):
+        deepspeed_launcher.launcher_options(2)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    options = deepspeed_launcher.launcher_options(2)
+    assert world(options) == {"machine-0": [0, 1], "machine-1": [0, 1]}
+    assert {"--node_rank=1", "--master_addr=10.0.0.1"} <= set(options)
