@@ -153,6 +153,53 @@ def headline(folder: Path, *names: str) -> str:
     )
 
 
+def offload_table(folder: Path, *names: str) -> str:
+    """Micro-batch against speed and memory; host figures are of the whole process tree."""
+    records = read(folder, *names)
+    columns = {
+        "run": lambda r: r["label"],
+        "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "seconds a step": lambda r: f"{r['last_steps'][0]['step_seconds']:.2f}" if r["last_steps"] else "–",
+        "GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
+        "host peak GiB": figure("{peak_host_gib:.1f}"),
+    }
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+
+
+def prediction_table(folder: Path, *names: str) -> str:
+    """What the preflight predicted beside what was measured, and the host's peak by phase."""
+    records = read(folder, *names)
+
+    def predicted(place: str, measured: str) -> dict[str, Callable[[dict], object]]:
+        plan = lambda r: r["environment"]["memory_plan"][place]["predicted_gib"]  # noqa: E731
+        peak = lambda r: r["summary"][measured]  # noqa: E731
+        return {
+            f"{place} predicted": lambda r: f"{plan(r):.1f}",
+            f"{place} measured": lambda r: f"{peak(r):.1f}",
+            f"{place} error": lambda r: f"{plan(r) / peak(r) - 1:+.0%}",
+        }
+
+    phases = ("load and first step", "training", "checkpoint and export")
+    columns = {
+        "run": lambda r: r["label"],
+        **predicted("gpu", "peak_gpu_gib"),
+        **predicted("host", "peak_host_gib"),
+        "host by phase": lambda r: " / ".join(f"{r['host_peaks_gib'][phase]:.1f}" for phase in phases),
+    }
+    return table(records, columns, f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far.")
+
+
+def offload_headline(folder: Path, name: str) -> str:
+    (r,) = read(folder, name)
+    return (
+        f"{r['summary']['peak_host_gib']:.1f} GiB of host memory and {r['summary']['peak_gpu_gib']:.1f} GiB of a GPU's "
+        f"{r['settings']['runtime.gpu_memory_limit_gib']}; {speed(r):,.0f} tokens/s on one "
+        f"{r['environment']['gpus'][0]['name']}"
+    )
+
+
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
@@ -171,6 +218,9 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "pytorch-fsdp arithmetic": (arithmetic_table, "micro-1", "micro-4", "micro-8", "micro-4-no-sync", "offload"),
     "pytorch-fsdp io": (io_table, "io"),
     "pytorch-fsdp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-8"),
+    "deepspeed-offload speed": (offload_table, "512-micro-32", "1024-micro-16"),
+    "deepspeed-offload prediction": (prediction_table, "512-micro-32", "1024-micro-16"),
+    "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.loss import CHUNK_LOGITS, FEWEST_CHUNKS
 
 GIB = 2**30
-PROCESS = {"cuda": 2.0 * GIB, "cpu": 0.55 * GIB}  # a rank before its model: Python, libraries, CUDA's context, data
+PROCESS = {"cuda": 4.2 * GIB, "cpu": 0.55 * GIB}  # what a rank takes beside the model: Python, libraries, CUDA, data
 LAUNCHER = 0.33 * GIB  # once a machine
 # What one decoder layer keeps for its backward, and what that backward takes on top: values a token, as multiples of
 # the model's width and of the width inside the MLP. Counted in transformers' Llama: two norms that compute in fp32, the

@@ -4,25 +4,10 @@ import json
 
 import pytest
 import torch
-from hub_content import GATED, TOKENS, fill
-from hub_server import HubServer
 from launching import error_line, metrics, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROJECT = "deepspeed-offload"
-
-
-@pytest.fixture(scope="module")
-def content(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hub")
-    fill(HubServer(root), root / "made")
-    return root
-
-
-@pytest.fixture
-def hub(content):
-    with HubServer(content, tokens=TOKENS, gated=GATED) as server:
-        yield server
 
 
 @pytest.mark.slow
