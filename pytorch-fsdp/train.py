@@ -138,7 +138,7 @@ def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
     return rows, batches
 
 
-def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device, dtype) -> tuple[float, float, int]:
+def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device) -> tuple[float, float, int]:
     """One optimizer step over the global batch; returns its loss, its gradient norm before clipping, and its tokens.
 
     The loss is the sum of all token losses divided by the number of target tokens, both over the whole global batch.
@@ -250,7 +250,7 @@ def train(cfg: Config) -> None:
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
             learning_rate, loss_scale = schedule.get_last_lr()[0], scaler.get_scale()
-            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device, dtype)
+            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device)
             schedule.step()
             skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
             runtime.check_finite(step, loss, skipped)
