@@ -73,7 +73,8 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
     if not gpus:  # Gloo of torch 2.7 sums where it is told to average
         averaged = torch.zeros(1)
-        dist.reduce_scatter_tensor(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
+        reduce_scatter(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
         if averaged != 1:
             raise UserError(
                 f"torch {torch.__version__} cannot average gradients over CPU processes: install a later one"
@@ -87,7 +88,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> FSDPMo
     model.train()
     models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     layers = models.decoder_layers(model)
     # OPT's layers return a view. torch warns that changing it in place would break the backward; transformers does not.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)

@@ -12,6 +12,7 @@ from common.config import DataConfig, ModelConfig
 from common.models import (
     TINY_SHAPES,
     architecture,
+    checkpoint_activations,
     decoder_layers,
     empty_model,
     load_model,
@@ -100,6 +101,23 @@ def test_decoder_layers(family):
         decoder_layers(torch.nn.Linear(1, 1))
     with refused("no list of decoder layers"):
         decoder_layers(torch.nn.ModuleDict({"layers": torch.nn.ModuleList()}))
+
+
+def test_activation_checkpointing_gives_the_same_gradients_without_a_warning(family, recwarn):
+    plain, checkpointed = tiny(family).train(), tiny(family).train()
+    checkpoint_activations(checkpointed)
+    assert checkpointed.is_gradient_checkpointing and not [w for w in recwarn if "checkpointing" in str(w.message)]
+    for model in (plain, checkpointed):
+        model(ids(), labels=ids(), use_cache=False).loss.backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_model_without_activation_checkpointing_is_refused():
+    model = tiny("opt")
+    model.supports_gradient_checkpointing = False
+    with refused("train.activation_checkpointing", "OPTForCausalLM", "false"):
+        checkpoint_activations(model)
 
 
 def test_an_empty_model_has_the_same_tensors_without_their_values(family):
