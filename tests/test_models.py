@@ -106,7 +106,8 @@ def test_decoder_layers(family):
 def test_activation_checkpointing_gives_the_same_gradients_without_a_warning(family, recwarn):
     plain, checkpointed = tiny(family).train(), tiny(family).train()
     checkpoint_activations(checkpointed)
-    assert checkpointed.is_gradient_checkpointing and not [w for w in recwarn if "checkpointing" in str(w.message)]
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
     for model in (plain, checkpointed):
         model(ids(), labels=ids(), use_cache=False).loss.backward()
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
