@@ -1,7 +1,7 @@
 """DeepSpeed's JSON: read and checked before anything is downloaded, then completed from the YAML.
 
-The JSON holds what is DeepSpeed's own (stage, buckets, loss scaler). What all projects set in the YAML is an error in the
-JSON: two places for one setting would sooner or later differ. Which keys a project knows is the project's to say.
+The JSON holds what is DeepSpeed's own (stage, buckets, loss scaler). What all projects set in the YAML is an error in
+the JSON: two places for one setting would sooner or later differ. Which keys a project knows is the project's to say.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The optimizer's state by the names of the parameters, and checkpoint files of it.
 
-ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a rank
-holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has one file a rank with
-its pieces by name. Whoever reads looks pieces up by name, so that any other grid of stages and ranks can go on from it,
-and a process without DeepSpeed can put the whole model together.
+ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a
+rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has one file a
+rank with its pieces by name. Whoever reads looks pieces up by name, so that any other grid of stages and ranks can go
+on from it, and a process without DeepSpeed can put the whole model together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("masters", "exp_avg", "exp_avg_sq")
 
 
 class Piece(NamedTuple):
-    """Elements `begin` to `end` of the flattened parameter `name` are `offset` and on of this rank's part of a group."""
+    """Elements `begin` to `end` of the flattened parameter `name`, in this rank's part of a group from `offset` on."""
 
     name: str
     begin: int

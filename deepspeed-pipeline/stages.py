@@ -3,9 +3,9 @@
     ids → embedding → layer 0 … layer k │ layer k+1 … last layer → norm → output head → loss
           stage 0                       │ stage 1            (labels come in here)
 
-All modules are the library's own, taken from a model without weights. A process gives memory to those of its stage; the
-rest stay on the `meta` device, so that names and shapes of the whole model are known everywhere. One tensor travels from
-stage to stage, the hidden states [batch, length, width]: positions are counted anew in each stage, and no mask is
+All modules are the library's own, taken from a model without weights. A process gives memory to those of its stage;
+the rest stay on the `meta` device, so that names and shapes of the whole model are known everywhere. One tensor travels
+from stage to stage, the hidden states [batch, length, width]: positions are counted anew in each stage, and no mask is
 needed, since padding is on the right, where causal attention never looks.
 """
 
@@ -108,7 +108,8 @@ class DecoderPipeline(PipelineModule):
         specs = decoder_specs(model, device)
         # The embedding goes with the first layers; what follows the last layer goes with it.
         bounds = [0, *(bound + 1 for bound in bounds[1:-1]), len(specs)]
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the topology, the seeds and every layer
+        # DeepSpeed prints the topology, the seeds and every layer, and broadcasts tied weights as if to backpropagate.
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             super().__init__(
                 specs, num_stages=len(layers_by_stage), loss_fn=self.loss, partition_method=bounds, **options
             )
@@ -159,12 +160,8 @@ def check_family(config: PretrainedConfig, name: str) -> None:
             f"model.name={name}: a {config.model_type} model cannot be cut into stages here; choose a model of the "
             f"families {', '.join(FAMILIES)}, or another project"
         )
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(
-        config, "use_sliding_window", False
-    ):
-        raise UserError(
-            f"model.name={name}: its layers have sliding windows, which need a mask that stages do not have"
-        )
+    if getattr(config, "use_sliding_window", False):
+        raise UserError(f"model.name={name}: its attention has a sliding window, which needs a mask that stages lack")
 
 
 def stage_count(stages: int, world_size: int) -> int:
@@ -204,11 +201,12 @@ def layers_by_stage(
     if stages == 1:
         return [layers]
     layer, head = costs(config, length, checkpointing)
-    # Of equally fast ones, the partition with the fewest layers in the last stage.
-    last = min(
-        range(1, layers - stages + 2),
-        key=lambda n: (max(-(-(layers - n) // (stages - 1)) * layer, n * layer + head), n),
-    )
+
+    def slowest(last: int) -> float:
+        most = -(-(layers - last) // (stages - 1))
+        return max(most * layer, last * layer + head)
+
+    last = min(range(1, layers - stages + 2), key=slowest)
     each, rest = divmod(layers - last, stages - 1)
     # Those left over go to the middle: the first stage holds the embedding, and the most micro-batches in flight.
     return [each + (stage >= stages - 1 - rest) for stage in range(stages - 1)] + [last]

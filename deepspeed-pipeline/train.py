@@ -46,9 +46,7 @@ PROJECT = "deepspeed-pipeline"
 @dataclass
 class PipelineConfig:
     ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
-    stages: int = key(
-        0, "stages that the layers are cut into; the processes are so many to a pipeline; 0: all", minimum=0
-    )
+    stages: int = key(0, "stages that the layers are cut into, each on a process of its own; 0: one on each", minimum=0)
     partition: str = key("auto", "decoder layers of each stage, such as 10,6; auto: by what layers and head compute")
 
 
