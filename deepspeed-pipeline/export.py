@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from masters import SavedState
+from masters import read_state
 from train import PROJECT, Config
 
 from common import models
@@ -29,12 +29,11 @@ def main() -> None:
     if found is None:
         raise UserError(f"output_dir={cfg.output_dir}: no checkpoint in it; set output_dir or checkpoint.resume")
     step, folder = found
-    saved = SavedState(folder, torch.load(folder / "training.pt", weights_only=True)["ranks"])
     names = {parameter: name for name, parameter in model.named_parameters()}
 
     def read(parameter: torch.Tensor) -> torch.Tensor:
         whole = torch.empty(parameter.shape)
-        saved.read("masters", names[parameter], whole.view(-1))
+        read_state(folder / "state", "masters", names[parameter], whole.view(-1))
         return whole
 
     partial = output / ".writing-model"

@@ -1,9 +1,10 @@
 """The optimizer's state by the names of the parameters, and checkpoint files of it.
 
 ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a
-rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has one file a
-rank with its pieces by name. Whoever reads looks pieces up by name, so that any other grid of stages and ranks can go
-on from it, and a process without DeepSpeed can put the whole model together.
+rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has a folder for
+each parameter, `state/NAME/`, and in it a file for each piece, `masters-0.pt`, named by the element that it begins
+with. So any other grid of stages and ranks can go on from it, and a process without DeepSpeed can put the whole model
+together. A tied parameter is written once.
 """
 
 from __future__ import annotations
@@ -48,35 +49,33 @@ def pieces(zero, model: torch.nn.Module) -> Iterator[Piece]:
             at += parameter.numel()
 
 
-def write_state(zero, model: torch.nn.Module, path: Path) -> int:
-    """Write this rank's masters and moments to `path`; returns how many steps AdamW has taken."""
-    state: dict[str, dict[str, tuple[int, Tensor]]] = {kind: {} for kind in KINDS}
+def write_state(zero, model: torch.nn.Module, folder: Path) -> int:
+    """Write this rank's pieces of masters and moments to `folder`; returns how many steps AdamW has taken."""
     steps = 0
     for piece in pieces(zero, model):
         masters = zero.single_partition_of_fp32_groups[piece.group]
         parts = {"masters": masters.detach(), **zero.optimizer.state[masters]}
         steps = int(parts.get("step", 0))
-        if not piece.is_copy:
-            for kind in KINDS:
-                if kind in parts:  # no moments where each step so far was skipped
-                    state[kind][piece.name] = piece.begin, piece.of(parts[kind])
-    torch.save(state, path)
+        if piece.is_copy:
+            continue
+        (folder / piece.name).mkdir(parents=True, exist_ok=True)
+        for kind in KINDS:
+            if kind in parts:  # no moments where each step so far was skipped
+                # A copy: of a view, torch.save would write all that it is a view of.
+                part = piece.of(parts[kind]).to("cpu", copy=True)
+                torch.save(part, folder / piece.name / f"{kind}-{piece.begin}.pt")
     return steps
 
 
-class SavedState:
-    """What `ranks` ranks wrote with `write_state` to `folder`/state-RANK.pt. Files are mapped, not read whole."""
+def read_state(folder: Path, kind: str, name: str, into: Tensor, begin: int = 0) -> None:
+    """Fill `into` with the elements of the flattened parameter `name` from `begin` on.
 
-    def __init__(self, folder: Path, ranks: int):
-        files = [folder / f"state-{rank}.pt" for rank in range(ranks)]
-        self._states = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
-
-    def read(self, kind: str, name: str, into: Tensor, begin: int = 0) -> None:
-        """Fill `into` with the elements of the flattened parameter `name` from `begin` on."""
-        end = begin + len(into)
-        for state in self._states:
-            if name in state[kind]:
-                at, saved = state[kind][name]
-                first, last = max(begin, at), min(end, at + len(saved))
-                if first < last:
-                    into[first - begin : last - begin] = saved[first - at : last - at]
+    `folder` holds what all ranks wrote with `write_state`. Files are mapped, not read whole.
+    """
+    end = begin + len(into)
+    for file in (folder / name).glob(f"{kind}-*.pt"):
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        at = int(file.stem.split("-")[1])
+        first, last = max(begin, at), min(end, at + len(saved))
+        if first < last:
+            into[first - begin : last - begin] = saved[first - at : last - at]

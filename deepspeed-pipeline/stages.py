@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import sys
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from common.config import BaseConfig
 from common.errors import UserError
 from common.loss import token_losses
 
@@ -174,6 +176,20 @@ def stage_count(stages: int, world_size: int) -> int:
             f"set it to {' or '.join(map(str, fitting))}, or start another number of processes"
         )
     return stages
+
+
+def warn_of_waiting(cfg: BaseConfig, stages: int, pipelines: int, micro_batches: int) -> None:
+    """Tell of a batch that is too small for the stages: with fewer micro-batches, they never compute all at once."""
+    if micro_batches >= stages:
+        return
+    rows = cfg.train.global_batch_size // pipelines
+    smaller = f"train.micro_batch_size={rows // stages} or less, or " if rows >= stages else ""
+    print(
+        f"warning: {micro_batches} micro-batches for {stages} stages: a stage computes for "
+        f"{micro_batches / (micro_batches + stages - 1):.0%} of the time at most. Set {smaller}"
+        f"train.global_batch_size={cfg.train.micro_batch_size * stages * pipelines} or more",
+        file=sys.stderr,
+    )
 
 
 def layers_by_stage(

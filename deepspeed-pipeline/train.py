@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from ds_settings import read_ds_config
-from masters import KINDS, SavedState, pieces, write_state
-from stages import DecoderPipeline, check_family, checkpoint_activations, layers_by_stage, stage_count
+from masters import KINDS, pieces, read_state, write_state
+from stages import DecoderPipeline, check_family, checkpoint_activations, layers_by_stage, stage_count, warn_of_waiting
 from transformers import PreTrainedModel
 
 from common import data, errors, evaluation, models, runtime
@@ -173,10 +173,10 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine, model) -> None:
     dist.barrier()
     folder = checkpoints.writing(step)
     torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
-    steps = write_state(zero, model, folder / f"state-{rank}.pt")
+    steps = write_state(zero, model, folder / "state")
     if rank == 0:
         scaler = {name: value for name, value in vars(zero.loss_scaler).items() if name.startswith(("cur_", "last_"))}
-        torch.save({"ranks": dist.get_world_size(), "steps": steps, "scaler": scaler}, folder / "training.pt")
+        torch.save({"steps": steps, "scaler": scaler}, folder / "training.pt")
     dist.barrier()
     if rank == 0:
         checkpoints.commit(step)
@@ -186,20 +186,19 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine, model) -> None:
 @torch.no_grad()
 def load_checkpoint(folder: Path, engine, model) -> None:
     """Put back what `save_checkpoint` wrote; the number of stages and of pipelines may have changed."""
-    zero, training = engine.optimizer, torch.load(folder / "training.pt", weights_only=True)
-    saved = SavedState(folder, training["ranks"])
-    if training["steps"]:  # else each so far was skipped, and AdamW has no moments yet
+    zero, saved = engine.optimizer, torch.load(folder / "training.pt", weights_only=True)
+    if saved["steps"]:  # else each so far was skipped, and AdamW has no moments yet
         for masters in zero.single_partition_of_fp32_groups:
             moments = {kind: torch.zeros_like(masters) for kind in KINDS[1:]}
-            zero.optimizer.state[masters] = {"step": torch.tensor(float(training["steps"]), device=masters.device)}
+            zero.optimizer.state[masters] = {"step": torch.tensor(float(saved["steps"]), device=masters.device)}
             zero.optimizer.state[masters] |= moments
     for piece in pieces(zero, model):
         masters = zero.single_partition_of_fp32_groups[piece.group]
         for kind, part in {"masters": masters, **zero.optimizer.state[masters]}.items():
             if kind in KINDS:
-                saved.read(kind, piece.name, piece.of(part), piece.begin)
+                read_state(folder / "state", kind, piece.name, piece.of(part), piece.begin)
     zero.update_lp_params()  # the weights, from their masters
-    vars(zero.loss_scaler).update(training["scaler"])
+    vars(zero.loss_scaler).update(saved["scaler"])
     rng = folder / f"rng-{dist.get_rank()}.pt"
     if rng.exists():
         runtime.set_rng_state(torch.load(rng, weights_only=True))
@@ -212,9 +211,10 @@ def train(cfg: Config) -> None:
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     stages = stage_count(cfg.pipeline.stages, world_size)
     pipelines, pipeline = world_size // stages, rank % (world_size // stages)  # neighbours share a stage
-    micro_batches = accumulation_steps(cfg, pipelines)  # refuses a global batch that cannot be split
+    micro_batches = accumulation_steps(cfg, pipelines, "pipelines")  # refuses a global batch that cannot be split
     settings = engine_settings(ds_config, cfg, dtype, micro_batches, get_accelerator().is_fp16_supported())
     if rank == 0:
+        warn_of_waiting(cfg, stages, pipelines, micro_batches)
         check_can_push(cfg)
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
