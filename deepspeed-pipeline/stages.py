@@ -120,8 +120,7 @@ class DecoderPipeline(PipelineModule):
 
     def _partition_layers(self, method: list[int]) -> None:
         # NOTE: DeepSpeed's own methods count layers or parameters. Neither sees that a head costs the compute of
-        # several layers, and an embedding none; and a stage without a decoder layer would have no vector, so one group
-        # of parameters instead of two. The gradient norm is summed over the stages group by group: it would hang.
+        # several layers, and an embedding none.
         self.parts = method
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=method[stage], stop=method[stage + 1])

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from ds_settings import read_ds_config
+from gradient_norm import sum_once
 from masters import KINDS, pieces, read_state, write_state
 from stages import DecoderPipeline, check_family, checkpoint_activations, layers_by_stage, stage_count, warn_of_waiting
 from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ from common.run_folder import RunFolder
 from common.schedule import lr_schedule
 
 PROJECT = "deepspeed-pipeline"
+GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be larger
 
 
 @dataclass
@@ -103,11 +105,15 @@ def build_model(
     )
     # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
-    # NOTE: on every stage the same two groups: DeepSpeed sums the gradient norm over the stages group by group.
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     groups = [{**group, "params": [p for p in group["params"] if not p.is_meta]} for group in groups]
+    # NOTE: a step copies a group's gradients to fp32 and then frees them. So groups are small, and the largest, the
+    # embedding, comes last: the gradients of all others have made room for its copy.
+    groups = models.small_groups(groups, GROUP_PARAMETERS)
+    groups.sort(key=lambda group: sum(p.numel() for p in group["params"]))
     optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
     engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=settings)
+    sum_once(engine.optimizer)
     read_weights(cfg, engine.optimizer, model)
     return engine, model
 

@@ -127,12 +127,15 @@ import torch, torch.distributed as dist
 import train
 from common.config import parse_config
 
+train.GROUP_PARAMETERS = 50_000  # several groups, and unlike numbers of them by stage: 5 and 3
+
 def tell(checkpoints, step, engine, model):
     local = {name: p for name, p in model.named_parameters() if not p.is_meta}
     masters = {
         piece.name: piece.of(engine.optimizer.single_partition_of_fp32_groups[piece.group]).detach().clone()
         for piece in train.pieces(engine.optimizer, model)
     }
+    assert len(engine.optimizer.bit16_groups) == (5 if engine.is_first_stage() else 3)
     state = {"weights": {n: p.detach().clone() for n, p in local.items()}, "masters": masters}
     torch.save(state, f"{checkpoints.root.parent}/rank-{dist.get_rank()}.pt")
 
@@ -144,10 +147,10 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "processes"), [("fp32", 2), ("bf16", 2), ("fp32", 4)])
-def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(tmp_path, precision, processes):
+def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(ddp, tmp_path, precision, processes):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    settings = [*SMOKE, "train.max_steps=50", "train.learning_rate=1e-3", f"train.precision={precision}"]
+    settings = [*SAME, "model.name=tiny:llama", "train.max_steps=50", f"train.precision={precision}"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
          str(REPOSITORY / PROJECT), "--config", "smoke.yaml", *settings, "pipeline.stages=2",
@@ -155,6 +158,9 @@ def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(tmp_path, pre
         env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(tmp_path / "run")) == 50
+    if precision == "fp32":  # with more groups, too
+        assert_close(losses(tmp_path / "run")[:30], losses(ddp("tied")), 1e-4)
     ranks = [torch.load(tmp_path / f"run/rank-{rank}.pt") for rank in range(processes)]
     first, last = ranks[0]["weights"], ranks[-1]["weights"]
     tied = "model.embed_tokens.weight"
