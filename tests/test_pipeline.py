@@ -150,11 +150,12 @@ dist.destroy_process_group()
 def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(ddp, tmp_path, precision, processes):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 50000}}')
     settings = [*SAME, "model.name=tiny:llama", "train.max_steps=50", f"train.precision={precision}"]
+    settings += ["pipeline.stages=2", f"pipeline.ds_config={tmp_path}/ds.json", f"output_dir={tmp_path}/run"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
-         str(REPOSITORY / PROJECT), "--config", "smoke.yaml", *settings, "pipeline.stages=2",
-         f"output_dir={tmp_path / 'run'}"],
+         str(REPOSITORY / PROJECT), "--config", "smoke.yaml", *settings],
         env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
