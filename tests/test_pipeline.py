@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, refused
@@ -25,8 +26,9 @@ from launching import (
     wait_for_step,
 )
 from transformers import AutoModelForCausalLM
+from wandb_log import history, read_wandb
 
-from common import models
+from common import deepspeed_launcher, models
 from common.config import ModelConfig, load_config
 
 PROJECT = "deepspeed-pipeline"
@@ -195,9 +197,31 @@ RESUME = [
 def undisturbed(tmp_path_factory):
     """The run of two stages that the others must equal, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(PROJECT, *RESUME, f"output_dir={folder}")
+    run(PROJECT, *RESUME, "tracking.backend=wandb", f"output_dir={folder}")
     assert len(losses(folder)) == 20
     return folder
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_records(undisturbed):
+    assert json.loads((undisturbed / "summary.json").read_text())["status"] == "completed"
+    grid = json.loads((undisturbed / "environment.json").read_text())["pipeline"]
+    assert grid == {"layers_by_stage": [3, 1], "pipelines": 1, "micro_batches": 4}
+    (wandb_run,) = undisturbed.rglob("*.wandb")  # the main process's alone, though the loss is another's
+    logged = history(read_wandb(wandb_run))
+    assert [logged[step]["loss"] for step in range(1, 21)] == [loss for loss, _ in losses(undisturbed)]
+
+
+@pytest.mark.slow
+def test_a_stage_that_dies_ends_the_run(tmp_path):
+    """The other stage waits for it in the middle of the schedule."""
+    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
+    wait_for_step(process, tmp_path, 2)
+    ranks = deepspeed_launcher.training_processes(psutil.Process(process.pid))
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGKILL)
+    output = process.communicate(timeout=90)[0]
+    assert process.returncode, output
 
 
 @pytest.mark.slow
