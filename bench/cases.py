@@ -37,12 +37,14 @@ class Case:
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
     launcher: str = "torchrun"  # or deepspeed
+    through: str = ""  # a program that runs train.py and looks on; its figures are JSON files in the run folder
 
 
 def run_case(project: str, name: str, case: Case, common_settings: list[str]) -> dict:
     """Run the case and return its record; a run that fails is a record too."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        script = [*(["bench/as_t4.py"] if case.as_t4 else []), f"{case.project or project}/train.py"]
+        script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
+        script.append(f"{case.project or project}/train.py")
         settings = [*common_settings, *case.settings]
         if case.launcher == "torchrun":
             launcher, count = ["common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
@@ -63,6 +65,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         summary = read_json(Path(folder) / "run" / "summary.json")
         steps = read_metrics(Path(folder) / "run")
         environment = read_json(Path(folder) / "run" / "environment.json")
+        seen = {path.stem: read_json(path) for path in sorted((Path(folder) / "run").glob("stage-times-*.json"))}
     if done.returncode:
         print(done.stdout[-3000:])
         summary.setdefault("status", "failed")  # before it began
@@ -82,6 +85,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         "first_steps": steps[:6],
         "last_steps": [step for step in steps if "loss" in step][-1:],
         "environment": environment,
+        **seen,
     }
 
 

@@ -247,8 +247,10 @@ def save_config(config: BaseConfig, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
-def accumulation_steps(config: BaseConfig, world_size: int) -> int:
+def accumulation_steps(config: BaseConfig, world_size: int, shares: str = "processes") -> int:
     """Micro-batches a rank runs in one optimizer step: global batch / (micro-batch × ranks).
+
+    `shares` says what the batch is dealt out to, where that is not each process.
 
     Raises `UserError` where that is not a whole number: the global batch is the user's, and is never rounded.
     """
@@ -258,7 +260,7 @@ def accumulation_steps(config: BaseConfig, world_size: int) -> int:
         fitting = f"{steps * per_pass} or {(steps + 1) * per_pass}" if steps else f"{per_pass}"
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"× processes = {config.train.micro_batch_size} × {world_size}: set it to {fitting}, "
+            f"× {shares} = {config.train.micro_batch_size} × {world_size}: set it to {fitting}, "
             f"or change train.micro_batch_size"
         )
     return steps

@@ -57,11 +57,18 @@ class CausalLMLoss(nn.Module):
         # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
         # may use its fast causal kernels.
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        shifted = labels[:, 1:].flatten()
-        is_target = (shifted != IGNORE).nonzero().squeeze(1)  # masked prompts do not pay for the head
-        compute = token_statistics if statistics else linear_cross_entropy
-        head = self.model.get_output_embeddings().weight
-        return compute(hidden[:, :-1].flatten(0, 1)[is_target], head, shifted[is_target])
+        return token_losses(hidden, self.model.get_output_embeddings().weight, labels, statistics)
+
+
+def token_losses(hidden: Tensor, head: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+    """Sum of the token losses of `labels` [batch, length], not shifted, given the last hidden states and the head.
+
+    With `statistics`, what `token_statistics` gives.
+    """
+    shifted = labels[:, 1:].flatten()
+    is_target = (shifted != IGNORE).nonzero().squeeze(1)  # masked prompts do not pay for the head
+    compute = token_statistics if statistics else linear_cross_entropy
+    return compute(hidden[:, :-1].flatten(0, 1)[is_target], head, shifted[is_target])
 
 
 def count_targets(labels: Tensor) -> int:

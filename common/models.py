@@ -209,6 +209,23 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
+def small_groups(groups: list[dict[str, Any]], most: float) -> list[dict[str, Any]]:
+    """The same parameter groups in pieces of at most `most` parameters, or of one tensor where that has more.
+
+    ZeRO lays a group out in one row, and what it needs in a step besides is as large as the largest group.
+    """
+    pieces = []
+    for group in groups:
+        numel = most + 1
+        for parameter in group["params"]:
+            numel += parameter.numel()
+            if numel > most:
+                pieces.append({**group, "params": []})
+                numel = parameter.numel()
+            pieces[-1]["params"].append(parameter)
+    return pieces
+
+
 def _tiny_family(name: str) -> str | None:
     if not name.startswith("tiny:"):
         return None

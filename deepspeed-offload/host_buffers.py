@@ -14,26 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
 
 import torch
-
-
-def small_groups(groups: list[dict[str, Any]], most: float) -> list[dict[str, Any]]:
-    """The same parameter groups in pieces of at most `most` parameters, or of one tensor where that has more.
-
-    The buffer that `share_staging` leaves is as large as the largest piece.
-    """
-    pieces = []
-    for group in groups:
-        numel = most + 1
-        for parameter in group["params"]:
-            numel += parameter.numel()
-            if numel > most:
-                pieces.append({**group, "params": []})
-                numel = parameter.numel()
-            pieces[-1]["params"].append(parameter)
-    return pieces
 
 
 def share_staging(zero) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from host_buffers import small_groups
 
 from common import models
 from common.config import BaseConfig
@@ -48,7 +47,9 @@ class Model:
     @classmethod
     def of(cls, cfg: BaseConfig) -> Model:
         model = models.empty_model(cfg.model)
-        groups = small_groups(models.parameter_groups(model, cfg.train.weight_decay), cfg.offload.group_millions * 1e6)
+        groups = models.small_groups(
+            models.parameter_groups(model, cfg.train.weight_decay), cfg.offload.group_millions * 1e6
+        )
         config, head = model.config, model.get_output_embeddings().weight
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
         return cls(

@@ -29,7 +29,7 @@ from cpu_adam_op import build_cpu_adam, replay_steps
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from ds_settings import engine_settings, read_ds_config
-from host_buffers import drop_moments, page_lock, share_staging, small_groups
+from host_buffers import drop_moments, page_lock, share_staging
 from memory_plan import check_memory
 
 from common import data, errors, evaluation, models, runtime
@@ -95,7 +95,8 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
             layer.compile()
     # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
-    groups = small_groups(models.parameter_groups(model, cfg.train.weight_decay), cfg.offload.group_millions * 1e6)
+    groups = models.parameter_groups(model, cfg.train.weight_decay)
+    groups = models.small_groups(groups, cfg.offload.group_millions * 1e6)  # the staging buffer is as large as one
     if cfg.offload.optimizer == "cpu_adam":
         optimizer = DeepSpeedCPUAdam(groups, lr=cfg.train.learning_rate)
     else:

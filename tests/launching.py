@@ -1,5 +1,6 @@
 """Start a project as its user does, and read what it left behind."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -33,6 +34,24 @@ def load_train(project: str):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def project_modules(project: str, *names: str):
+    """The project's own modules by name. Two projects have files of one name, so none stays in `sys.modules`."""
+    folder = REPOSITORY / project
+
+    def forget() -> None:
+        for path in folder.glob("*.py"):
+            sys.modules.pop(path.stem, None)
+
+    forget()
+    sys.path.insert(0, str(folder))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(folder))
+        forget()
 
 
 def assert_close(ours, theirs, relative):

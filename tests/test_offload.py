@@ -149,7 +149,7 @@ def test_a_run_leaves_its_records_and_a_model_with_the_weights_of_the_masters(un
     cfg = load_config(modules["train"].Config, undisturbed / "config.yaml", [])
     model = models.load_model(cfg.model, cfg.seed)
     groups = models.parameter_groups(model, cfg.train.weight_decay)
-    pieces = modules["host_buffers"].small_groups(groups, cfg.offload.group_millions * 1e6)
+    pieces = models.small_groups(groups, cfg.offload.group_millions * 1e6)
     assert len(pieces) > 3
     for i, piece in enumerate(pieces):
         parts = [undisturbed / f"checkpoints/step-00000020/masters-{i}-{rank}.pt" for rank in range(2)]

@@ -1,0 +1,118 @@
+"""DeepSpeed's JSON: read and checked before anything is downloaded, then completed from the YAML.
+
+The JSON holds what is DeepSpeed's own (stage, buckets, loss scaler). What all projects set in the YAML is an error in
+the JSON: two places for one setting would sooner or later differ. Which keys a project knows is the project's to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import BaseConfig
+from common.errors import UserError
+
+# The loss scaler's keys, as a project's `known` has them.
+FP16 = {
+    "initial_scale_power": int,
+    "loss_scale_window": int,
+    "hysteresis": int,
+    "consecutive_hysteresis": bool,
+    "min_loss_scale": int,
+}
+# DeepSpeed's key, and the keys of the YAML that stand for it.
+OWNED_BY_YAML = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size, from which it follows",
+    "gradient_clipping": "train.max_grad_norm",
+    "fp16.enabled": "train.precision",
+    "fp16.auto_cast": "train.precision",
+    "fp16.loss_scale": "train.precision (the loss scaler is dynamic)",
+    "fp16.fp16_master_weights_and_grads": "train.precision (masters are fp32)",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "amp": "train.precision",
+    "optimizer": "train.learning_rate and train.weight_decay",
+    "scheduler": "train.lr_schedule and train.warmup_steps",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "compile": "train.compile",
+    "steps_per_print": "nothing: metrics.jsonl has a line for every step",
+    "tensorboard": "tracking.backend",
+    "wandb": "tracking.backend",
+    "csv_monitor": "tracking.backend",
+    "comet": "tracking.backend",
+    "checkpoint": "checkpoint.every and checkpoint.keep",
+    "seed": "seed",
+}
+
+
+def read_ds_config(
+    key: str, name: str, folder: Path, known: dict[str, Any], owned: dict[str, str]
+) -> tuple[Path, dict[str, Any]]:
+    """The JSON file `name`, a path or a file in `folder`, and the settings in it; `key` is the YAML's for it.
+
+    `known` has the keys that it may hold, with their types; `owned` those that the YAML owns, as `OWNED_BY_YAML`.
+    Raises `UserError` for a missing or broken file, a key that the YAML owns or that is not known, a wrong type.
+    """
+    path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{key}={name}: no such file, neither as a path nor in {folder.name}/")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must hold one object, {{…}}")
+    _check(settings, known, owned, path)
+    return path, settings
+
+
+def _check(settings: dict[str, Any], known: dict[str, Any], owned: dict[str, str], path: Path, section: str = ""):
+    for name, value in settings.items():
+        key = f"{section}{name}"
+        if key in owned:
+            raise UserError(f"{path}: {key} does not belong here; the YAML has {owned[key]}")
+        if name not in known:
+            here = [k.removeprefix(section) for k in owned if k.startswith(section)]
+            near = difflib.get_close_matches(name, [*known, *here], n=1)
+            hint = f"did you mean {section}{near[0]}?" if near else f"there are: {', '.join(known)}"
+            raise UserError(f"{path}: {key} is no key of DeepSpeed's that this project uses; {hint}")
+        wanted = known[name]
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {key} is {json.dumps(value)}: it must be an object, {{…}}")
+            _check(value, wanted, owned, path, f"{key}.")
+        elif wanted is int and isinstance(value, float) and value.is_integer() and value >= 0:
+            settings[name] = int(value)  # DeepSpeed's own documents write 5e8
+        elif type(value) is not wanted or (wanted is int and value < 0):
+            form = {int: "a whole number", bool: "true or false", str: "a text"}[wanted]
+            raise UserError(f"{path}: {key} is {json.dumps(value)}: it must be {form}")
+
+
+def engine_settings(
+    ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int, has_fp16: bool
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` takes: the JSON, and what the YAML says.
+
+    Raises `UserError` for a precision that DeepSpeed does not offer on this device: with `has_fp16` False, fp16.
+    """
+    if dtype == torch.float16 and not has_fp16:
+        raise UserError("train.precision=fp16: DeepSpeed has no fp16 on this CPU; set train.precision=fp32 or bf16")
+    return ds_config | {
+        "train_batch_size": cfg.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": cfg.train.max_grad_norm,  # 0: none
+        "fp16": ds_config.get("fp16", {}) | {"enabled": dtype == torch.float16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every step
+    }

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fine-tune with a DeepSpeed pipeline: one stage on each GPU found, or two stages on the CPU where there is none.
+#
+#   deepspeed-pipeline/launch.sh [--config FILE] [key=value ...]
+#   NPROC_PER_NODE=4 deepspeed-pipeline/launch.sh pipeline.stages=2               # two pipelines of two stages
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-pipeline/launch.sh ...     # on each of two machines
+set -euo pipefail
+folder=$(cd "$(dirname "$0")" && pwd)
+source "$folder/../common/deepspeed.sh"
+deepspeed_script "$folder/train.py" "$@"
