@@ -49,8 +49,8 @@ format: .venv/ready ## put code and tables into their form
 	$(RUN) python -m common.results
 
 .PHONY: bench
-bench: .venv/ready ## measure pytorch-ddp on this machine's GPUs; records go to results/
-	@$(RUN) python bench/ddp.py
+bench: .venv/ready ## measure the projects on this machine's GPUs; records go to results/
+	@$(RUN) for project in ddp fsdp offload; do python bench/$$project.py; done
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png

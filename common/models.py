@@ -174,6 +174,21 @@ def repeat_grouped_heads(model: PreTrainedModel) -> None:
     model.set_attn_implementation("sdpa_repeated_heads")
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward, which computes the rest again.
+
+    Raises `UserError` for a model that does not offer it.
+    """
+    # transformers gave the method a new name, and warns of the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError:
+        raise UserError(
+            f"train.activation_checkpointing=true: {type(model).__name__} cannot; set it to false"
+        ) from None
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The model's stack of decoder layers: the longest `ModuleList` in it, whatever the family calls it.
 

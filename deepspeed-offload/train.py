@@ -89,7 +89,7 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     model.train()
     models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     if cfg.train.compile:
         for layer in models.decoder_layers(model):
             layer.compile()

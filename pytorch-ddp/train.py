@@ -75,7 +75,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> Distri
     model.train()
     models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     if cfg.train.compile:
         # NOTE: layer by layer and inside DDP. Compiled as one piece, the backward would hand over all gradients at its
         # end, and nothing would be left to overlap their all-reduce with. torch would also cut each layer where a

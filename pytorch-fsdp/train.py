@@ -73,7 +73,8 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
     if not gpus:  # Gloo of torch 2.7 sums where it is told to average
         averaged = torch.zeros(1)
-        dist.reduce_scatter_tensor(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
+        reduce_scatter(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
         if averaged != 1:
             raise UserError(
                 f"torch {torch.__version__} cannot average gradients over CPU processes: install a later one"
@@ -87,7 +88,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> FSDPMo
     model.train()
     models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     layers = models.decoder_layers(model)
     # OPT's layers return a view. torch warns that changing it in place would break the backward; transformers does not.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
@@ -138,7 +139,7 @@ def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
     return rows, batches
 
 
-def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device, dtype) -> tuple[float, float, int]:
+def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device) -> tuple[float, float, int]:
     """One optimizer step over the global batch; returns its loss, its gradient norm before clipping, and its tokens.
 
     The loss is the sum of all token losses divided by the number of target tokens, both over the whole global batch.
@@ -250,7 +251,7 @@ def train(cfg: Config) -> None:
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
             learning_rate, loss_scale = schedule.get_last_lr()[0], scaler.get_scale()
-            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device, dtype)
+            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device)
             schedule.step()
             skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
             runtime.check_finite(step, loss, skipped)

@@ -270,7 +270,7 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("projects") / "pytorch-ddp"
     folder.mkdir()
     shutil.copy(REPOSITORY / "pytorch-ddp" / "eval.py", folder)
-    (folder / "train.py").write_text("from common.config import BaseConfig as Config\n")
+    (folder / "train.py").write_text('from common.config import BaseConfig as Config\n\nPROJECT = "pytorch-ddp"\n')
     (folder / "config.yaml").write_text("data: {eval_rows: 37}\neval: {batch_size: 4, generate_rows: 9, samples: 9}\n")
     return folder
 

@@ -125,7 +125,7 @@ def unscale_with_an_infinity(optimizer):
 
 scaler.unscale_ = unscale_with_an_infinity
 for batch in data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, world_size, 0):
-    train.train_step(model, batch, optimizer, scaler, cfg, device, torch.float16)
+    train.train_step(model, batch, optimizer, scaler, cfg, device)
     moved = any(not torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before))
     print(f"rank={rank} share={mine / whole:.3f} scale={scaler.get_scale()} moved={moved}", flush=True)
 dist.barrier()

@@ -11,7 +11,10 @@ from common import pydoc_data
 from common.config import DataConfig, ModelConfig
 from common.models import (
     TINY_SHAPES,
+    architecture,
+    checkpoint_activations,
     decoder_layers,
+    empty_model,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -96,6 +99,46 @@ def test_decoder_layers(family):
     assert [type(layer).__name__ for layer in layers] == [CLASSES[family][1]] * 4
     with refused("no list of decoder layers", "Linear"):
         decoder_layers(torch.nn.Linear(1, 1))
+    with refused("no list of decoder layers"):
+        decoder_layers(torch.nn.ModuleDict({"layers": torch.nn.ModuleList()}))
+
+
+def test_activation_checkpointing_gives_the_same_gradients_without_a_warning(family, recwarn):
+    plain, checkpointed = tiny(family).train(), tiny(family).train()
+    checkpoint_activations(checkpointed)
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
+    for model in (plain, checkpointed):
+        model(ids(), labels=ids(), use_cache=False).loss.backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_model_without_activation_checkpointing_is_refused():
+    model = tiny("opt")
+    model.supports_gradient_checkpointing = False
+    with refused("train.activation_checkpointing", "OPTForCausalLM", "false"):
+        checkpoint_activations(model)
+
+
+def test_an_empty_model_has_the_same_tensors_without_their_values(family):
+    empty, full = empty_model(ModelConfig(f"tiny:{family}")), tiny(family)
+    assert all(p.is_meta and p.dtype == torch.float32 for p in empty.parameters())
+    for ours, theirs in (
+        (empty.named_parameters(), full.named_parameters()),
+        (empty.named_buffers(), full.named_buffers()),
+    ):
+        assert [(name, t.shape) for name, t in ours] == [(name, t.shape) for name, t in theirs]
+    assert empty.get_output_embeddings().weight is empty.get_input_embeddings().weight
+
+
+def test_the_architecture_in_words_tells_models_apart():
+    config = load_model_config(ModelConfig("tiny:llama"))
+    words = architecture(config)
+    assert words == "llama: 4 layers of width 64/192, 4/2 heads, vocabulary 2048, tied"
+    assert len({architecture(load_model_config(ModelConfig(f"tiny:{family}"))) for family in FAMILIES}) == 4
+    config.tie_word_embeddings = False
+    assert architecture(config) == words.replace("tied", "untied")
 
 
 def test_a_saved_model_loads_to_the_same_logits_and_token_ids(family, tmp_path, lively):
