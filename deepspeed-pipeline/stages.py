@@ -182,9 +182,10 @@ def warn_of_waiting(cfg: BaseConfig, stages: int, pipelines: int, micro_batches:
     if micro_batches >= stages:
         return
     rows = cfg.train.global_batch_size // pipelines
-    smaller = f"train.micro_batch_size={rows // stages} or less, or " if rows >= stages else ""
+    fitting = [n for n in range(1, rows // stages + 1) if rows % n == 0]
+    smaller = f"train.micro_batch_size={fitting[-1]}, or " if fitting else ""
     print(
-        f"warning: {micro_batches} micro-batches for {stages} stages: a stage computes for "
+        f"warning: too few micro-batches for {stages} stages, {micro_batches}: a stage computes for "
         f"{micro_batches / (micro_batches + stages - 1):.0%} of the time at most. Set {smaller}"
         f"train.global_batch_size={cfg.train.micro_batch_size * stages * pipelines} or more",
         file=sys.stderr,

@@ -94,8 +94,14 @@ def test_losses_and_gradient_norms_are_those_of_ddp(ddp, names, tmp_path, kind, 
     ours, theirs = losses(tmp_path), losses(ddp(kind))
     assert ours[0][0] == pytest.approx(theirs[0][0], rel=1e-6)
     assert_close(ours, theirs, 1e-4)
-    before, after = ([r["eval_loss"] for r in metrics(folder) if "eval_loss" in r] for folder in (tmp_path, ddp(kind)))
-    assert before == pytest.approx(after, rel=1e-5) and len(before) == 2
+    held_out, expected = (
+        [r["eval_loss"] for r in metrics(folder) if "eval_loss" in r] for folder in (tmp_path, ddp(kind))
+    )
+    assert held_out == pytest.approx(expected, rel=1e-5) and len(held_out) == 2
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.no_grad():
+        exported = [AutoModelForCausalLM.from_pretrained(f / "model").eval()(ids).logits for f in (tmp_path, ddp(kind))]
+    torch.testing.assert_close(*exported, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -336,11 +342,14 @@ def test_several_processes_report_a_mistake_once(tmp_path, processes, settings, 
 def test_a_batch_too_small_for_the_stages_is_told(modules, capsys):
     cfg = modules["train"].Config()
     cfg.train.global_batch_size, cfg.train.micro_batch_size = 16, 8
-    modules["stages"].warn_of_waiting(cfg, 4, 1, 2)
+    warn = modules["stages"].warn_of_waiting
+    warn(cfg, 3, 1, 2)
     told = capsys.readouterr().err
-    assert "2 micro-batches for 4 stages" in told and "40%" in told
-    assert "train.micro_batch_size=4 or less" in told and "train.global_batch_size=32 or more" in told
-    modules["stages"].warn_of_waiting(cfg, 2, 1, 2)
+    assert "too few micro-batches for 3 stages, 2" in told and "50%" in told
+    assert "train.micro_batch_size=4, or train.global_batch_size=24 or more" in told  # 16 rows are no multiple of 5
+    warn(cfg, 32, 1, 2)
+    assert "micro_batch_size" not in (told := capsys.readouterr().err) and "global_batch_size=256" in told
+    warn(cfg, 2, 1, 2)
     assert capsys.readouterr().err == ""
 
 
