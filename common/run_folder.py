@@ -23,6 +23,7 @@ from common.export import write_model
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
+from common.runtime import launcher_pid
 from common.tracking import check_tracker, start_tracker
 
 WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, growing buffers
@@ -34,7 +35,7 @@ class RunFolder:
     Raises `UserError` if the folder cannot be written.
     """
 
-    def __init__(self, cfg: BaseConfig, project: str, is_main: bool, environment: dict, root_pid: int):
+    def __init__(self, cfg: BaseConfig, project: str, is_main: bool, environment: dict):
         self.cfg, self.project, self.is_main = cfg, project, is_main
         self.path = Path(cfg.output_dir).resolve()
         self.checkpoints = self.path / "checkpoints"
@@ -53,7 +54,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None
-        self._host = HostMemory(root_pid)
+        self._host = HostMemory(launcher_pid())
 
     def begin(
         self,

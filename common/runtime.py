@@ -52,6 +52,13 @@ def check_process_count() -> None:
         raise UserError(f"{processes} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
 
 
+def launcher_pid() -> int:
+    """The first process of the run on this machine, whose tree takes the host memory: its launcher, or this process."""
+    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher is a chain of two
+        return psutil.Process(os.getppid()).ppid()
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+
+
 def check_gpu(device: torch.device) -> None:
     """Raise `UserError` for a GPU that the installed torch has no code for (a P100 under current builds, say)."""
     if device.type != "cuda":

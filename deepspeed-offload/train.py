@@ -22,7 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from cpu_adam_op import build_cpu_adam, replay_steps
@@ -230,7 +229,7 @@ def train(cfg: Config) -> None:
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
-    with RunFolder(cfg, PROJECT, rank == 0, environment, launcher_pid()) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         environment["memory_plan"] = check_memory(cfg, settings, device, dtype, world_size)
@@ -288,13 +287,6 @@ def train(cfg: Config) -> None:
 def master(tensor: torch.Tensor) -> torch.Tensor:
     """The whole fp32 master of a weight, from the parts of all ranks; a buffer as it is."""
     return safe_get_full_fp32_param(tensor) if isinstance(tensor, torch.nn.Parameter) else tensor
-
-
-def launcher_pid() -> int:
-    """The first process of the run, whose tree takes the host memory: DeepSpeed's launcher is a chain of two."""
-    if "LOCAL_SIZE" not in os.environ:
-        return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    return psutil.Process(os.getppid()).ppid()
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -225,7 +224,7 @@ def train(cfg: Config) -> None:
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
-    with RunFolder(cfg, PROJECT, rank == 0, environment, launcher_pid()) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         model_config = models.load_model_config(cfg.model, cfg.data)
         check_family(model_config, cfg.model.name)
@@ -293,13 +292,6 @@ def gather_masters(zero, model: PreTrainedModel, device: torch.device):
         return whole
 
     return gather
-
-
-def launcher_pid() -> int:
-    """The first process of the run, whose tree takes the host memory: DeepSpeed's launcher is a chain of two."""
-    if "LOCAL_SIZE" not in os.environ:
-        return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    return psutil.Process(os.getppid()).ppid()
 
 
 def main() -> None:

@@ -177,8 +177,7 @@ def train(cfg: Config) -> None:
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason)
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    with RunFolder(cfg, PROJECT, rank == 0, environment, launcher) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         rows, held_out = build_dataloaders(cfg, tokenizer, rank, world_size)

@@ -41,3 +41,22 @@ def hub(hub_root):
 
     with HubServer(hub_root, tokens=TOKENS, gated=GATED) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory) -> str:
+    """A model folder with an output head of its own: its weights are read from a file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common import models
+    from common.config import ModelConfig
+
+    folder = tmp_path_factory.mktemp("untied")
+    shape = models.load_model_config(ModelConfig("tiny:llama"))
+    shape.tie_word_embeddings = False
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    models.load_tokenizer(ModelConfig("tiny:llama")).save_pretrained(folder)
+    return str(folder)

@@ -36,19 +36,6 @@ PROJECT = "pytorch-fsdp"
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> str:
-    """A model folder with an output head of its own: its weights are read from a file."""
-    folder = tmp_path_factory.mktemp("untied")
-    shape = models.load_model_config(ModelConfig("tiny:llama"))
-    shape.tie_word_embeddings = False
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
-    models.load_tokenizer(ModelConfig("tiny:llama")).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def ddp(tmp_path_factory, untied):
     """(loss, gradient norm) by step of pytorch-ddp in one process, which equals a plain loop (test_ddp.py)."""
     curves = {}
@@ -127,7 +114,9 @@ scaler.unscale_ = unscale_with_an_infinity
 for batch in data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, world_size, 0):
     train.train_step(model, batch, optimizer, scaler, cfg, device)
     moved = any(not torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before))
-    print(f"rank={rank} share={mine / whole:.3f} scale={scaler.get_scale()} moved={moved}", flush=True)
+    # one write a line: the ranks share the output
+    sys.stdout.write(f"rank={rank} share={mine / whole:.3f} scale={scaler.get_scale()} moved={moved}\\n")
+    sys.stdout.flush()
 dist.barrier()
 """
 

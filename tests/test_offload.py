@@ -1,7 +1,6 @@
 """deepspeed-offload by its real launchers: equality with pytorch-ddp, kill and resume, preflight, failures."""
 
 import base64
-import importlib.util
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from launching import (
     kill_all,
     losses,
     metrics,
+    project_modules,
     run,
     start,
     wait_for_step,
@@ -40,20 +40,8 @@ SAME = [*EQUAL, "model.name=tiny:llama", "train.weight_decay=0.1"]  # what both 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The project's own modules: its folder is no package, and the names of its files are on the path in it only."""
-    sys.path.insert(0, str(REPOSITORY / PROJECT))
-    try:
-        yield {name: _load(name) for name in ("host_buffers", "memory_plan", "ds_settings", "cpu_adam_op", "train")}
-    finally:
-        sys.path.remove(str(REPOSITORY / PROJECT))
-
-
-def _load(name: str):
-    registered = f"offload_{name}" if name == "train" else name
-    spec = importlib.util.spec_from_file_location(registered, REPOSITORY / PROJECT / f"{name}.py")
-    module = sys.modules[registered] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with project_modules(PROJECT, "host_buffers", "memory_plan", "ds_settings", "cpu_adam_op", "train") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -42,16 +42,9 @@ def modules():
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory) -> dict[str, str]:
+def names(untied) -> dict[str, str]:
     """Models by kind: tied ones are embedded, the untied one is read from a file."""
-    folder = tmp_path_factory.mktemp("untied")
-    shape = models.load_model_config(ModelConfig("tiny:llama"))
-    shape.tie_word_embeddings = False
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
-    models.load_tokenizer(ModelConfig("tiny:llama")).save_pretrained(folder)
-    return {"tied": "tiny:llama", "untied": str(folder), "qwen2": "tiny:qwen2"}
+    return {"tied": "tiny:llama", "untied": untied, "qwen2": "tiny:qwen2"}
 
 
 @pytest.fixture(scope="module")
