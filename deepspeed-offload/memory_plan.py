@@ -36,7 +36,7 @@ TIGHT = 0.9  # share of what there is, above which a warning is printed
 class Model:
     """What the formulas ask of a model."""
 
-    groups: list[int]  # parameters of each group of the optimizer
+    groups: list[list[int]]  # parameters of each tensor, by group of the optimizer
     largest: int  # of one tensor
     head: int  # the output matrix
     vocabulary: int
@@ -53,7 +53,7 @@ class Model:
         config, head = model.config, model.get_output_embeddings().weight
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
         return cls(
-            groups=[sum(p.numel() for p in group["params"]) for group in groups],
+            groups=[[p.numel() for p in group["params"]] for group in groups],
             largest=max(p.numel() for p in model.parameters()),
             head=head.numel(),
             vocabulary=len(head),
@@ -64,7 +64,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        return sum(self.groups)
+        return sum(sum(group) for group in self.groups)
 
 
 def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: bool) -> dict[str, float]:
@@ -83,8 +83,9 @@ def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: 
         # they are tied; gradients in buckets: one that fills, one that leaves (overlap_comm), one that is summed.
         "layers": b * (inputs + backward + (kept if checkpointing else 0) + model.head)
         + b * bucket * (3 if zero.get("overlap_comm") else 2),
-        # The embedding's gradient: the head's part, its own, their sum, two copies in the reduction, and one in fp32.
-        "embedding": (5 * b + 4) * model.head,
+        # The embedding's gradient: the head's part, its own, their sum, two copies in the reduction; a third in fp32
+        # where DeepSpeed's own buffers stay.
+        "embedding": (5 * b + (4 if own_buffers(settings) else 0)) * model.head,
     }
     step = max(phases, key=phases.get)
     return {
@@ -94,28 +95,44 @@ def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: 
     }
 
 
+def own_buffers(settings: dict) -> bool:
+    """Whether DeepSpeed's host buffers stay as they are (`pin_memory: true`), or `host_buffers.py` shares them."""
+    return settings["zero_optimization"]["offload_optimizer"].get("pin_memory", True)
+
+
 def host_bytes(model: Model, settings: dict, b: int, ranks: int, local_ranks: int, device: str) -> dict[str, float]:
     """Bytes on one machine by purpose, all its ranks together, in training; load and export take less."""
-    pinned = settings["zero_optimization"]["offload_optimizer"].get("pin_memory", True) and device == "cuda"
+    own, accumulates = own_buffers(settings), settings["gradient_accumulation_steps"] > 1
 
-    def buffer(size: int) -> int:  # DeepSpeed's own page-locking rounds up to powers of two
-        return 1 << (size - 1).bit_length() if pinned else size
+    def buffer(size: int) -> int:  # page-locked by PyTorch's allocator, which rounds up to powers of two
+        return 1 << (size - 1).bit_length() if own and device == "cuda" else size
 
     def buffers(size: int) -> int:
         """One of `size` bytes a parameter for each group, on all ranks of the machine."""
-        return local_ranks * sum(buffer(size * -(-numel // ranks)) for numel in model.groups)
+        return local_ranks * sum(buffer(size * -(-sum(group) // ranks)) for group in model.groups)
 
-    return {
-        "masters": buffers(4),
-        "gradients": buffers(4),
-        "moments": local_ranks * 8 * model.parameters / ranks,
-        # Where DeepSpeed pins, each group has one, and one more is for nothing: its allocator keeps what is let go.
-        "staging": buffers(b) + local_ranks * buffer(b * model.largest)
-        if pinned
-        else local_ranks * b * max(model.groups) / ranks,
-        "gradients of earlier micro-batches": buffers(b) if settings["gradient_accumulation_steps"] > 1 else 0,
+    parts = {"masters": buffers(4), "moments": local_ranks * 8 * model.parameters / ranks}
+    if own:
+        # The 16-bit buffers, one for each group, and one more for nothing: the allocator keeps what is let go.
+        parts |= {"gradients": buffers(4), "new weights": buffers(b) + local_ranks * buffer(b * model.largest)}
+        earlier = buffers(b)
+    else:
+        parts["gradients and new weights"] = buffers(b)
+        earlier = b * sum(divided(group, ranks) for group in model.groups) * local_ranks / ranks
+    return parts | {
+        "gradients of earlier micro-batches": earlier if accumulates else 0,
         "processes": local_ranks * PROCESS[device] + (LAUNCHER if "RANK" in os.environ else 0),
     }
+
+
+def divided(group: list[int], ranks: int) -> int:
+    """Parameters of the tensors that do not lie in one rank's part of `group`, once for each rank that has a piece."""
+    part, begin, total = -(-sum(group) // ranks), 0, 0
+    for size in group:
+        pieces = (begin + size - 1) // part - begin // part + 1
+        total += pieces * size if pieces > 1 else 0
+        begin += size
+    return total
 
 
 def check_memory(cfg: BaseConfig, settings: dict, device: torch.device, dtype: torch.dtype, ranks: int) -> dict:
@@ -140,11 +157,7 @@ def check_memory(cfg: BaseConfig, settings: dict, device: torch.device, dtype: t
     if gpu:
         plan["gpu"] = _compare("GPU", gpu, gpu_memory(cfg, device), [*smaller, "a smaller model"])
     less = []
-    if settings["gradient_accumulation_steps"] > 1:
-        less.append(
-            f"train.micro_batch_size={cfg.train.global_batch_size // ranks} (no accumulation), if the GPU allows"
-        )
-    if settings["zero_optimization"]["offload_optimizer"].get("pin_memory", True):
+    if own_buffers(settings):
         less.append("zero_optimization.offload_optimizer.pin_memory=false in the file of offload.ds_config")
     if device.type == "cpu":
         less += smaller

@@ -1,7 +1,7 @@
 """Fine-tune a language model with DeepSpeed ZeRO-2 and CPU offload.
 
-The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 16 of
-18 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
+The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 14 of
+16 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
 
     deepspeed-offload/launch.sh                                        # the real run, on one GPU
     deepspeed-offload/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
@@ -28,7 +28,7 @@ from cpu_adam_op import build_cpu_adam, replay_steps
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from ds_settings import engine_settings, read_ds_config
-from host_buffers import drop_moments, page_lock, share_staging
+from host_buffers import drop_moments, page_lock, share_buffers
 from memory_plan import check_memory
 
 from common import data, errors, evaluation, models, runtime
@@ -95,16 +95,19 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
     groups = models.parameter_groups(model, cfg.train.weight_decay)
-    groups = models.small_groups(groups, cfg.offload.group_millions * 1e6)  # the staging buffer is as large as one
+    # AdamW works on a group while the new weights of the group before travel.
+    groups = models.small_groups(groups, cfg.offload.group_millions * 1e6)
     if cfg.offload.optimizer == "cpu_adam":
         optimizer = DeepSpeedCPUAdam(groups, lr=cfg.train.learning_rate)
     else:
         optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
     engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=optimizer, config=settings)
-    share_staging(engine.optimizer)
+    # With `pin_memory: true` in ds_config.json, DeepSpeed's own buffers stay as they are, to compare with.
+    if not engine.optimizer.cpu_offload_pin_memory:
+        share_buffers(engine.optimizer)
+        if cfg.offload.page_lock and device.type == "cuda":
+            page_lock(engine.optimizer)
     read_weights(cfg, model)
-    if cfg.offload.page_lock and device.type == "cuda":
-        page_lock(engine.optimizer)
     return engine
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -77,6 +78,15 @@ def test_options_train_alike(ddp, tmp_path, settings, relative):
     ours = [loss for loss, _ in losses(tmp_path)]
     assert ours == pytest.approx([loss for loss, _ in ddp[:steps]], rel=relative)
     assert ours != pytest.approx([loss for loss, _ in ddp[:steps]], rel=1e-12), "the setting had no effect"
+
+
+@pytest.mark.slow
+def test_shared_buffers_train_as_deepspeeds_own_do(tmp_path):
+    """bf16, so that the fp32 gradients of DeepSpeed's own hold more bits; four micro-batches, on two processes."""
+    settings = [*SAME, GROUPS, "train.max_steps=8", "train.precision=bf16", "train.micro_batch_size=2"]
+    for ds_config in ("ds_config.json", "bench/ds_default.json"):
+        run(PROJECT, *settings, f"offload.ds_config={ds_config}", f"output_dir={tmp_path / Path(ds_config).stem}")
+    assert losses(tmp_path / "ds_config") == losses(tmp_path / "ds_default")
 
 
 @pytest.mark.slow
@@ -331,7 +341,7 @@ def test_the_shipped_files_are_accepted_and_completed_from_the_yaml(modules):
 def llama(modules):
     layer = 60817408
     return modules["memory_plan"].Model(
-        groups=[262668288, *[layer] * 16, 67584],
+        groups=[[262668288], *[[layer // 2, layer // 2]] * 16, [67584]],
         largest=262668288,
         head=262668288,
         vocabulary=128256,
@@ -350,18 +360,21 @@ def ds(accumulation: int = 1, pin_memory: bool = False) -> dict:
 def test_the_host_prediction_adds_up_what_deepspeed_allocates(modules, llama):
     plan, gib = modules["memory_plan"], 2**30
     one = plan.host_bytes(llama, ds(), 2, 1, 1, "cuda")
-    assert one["masters"] == one["gradients"] == 4 * llama.parameters
-    assert one["moments"] == 8 * llama.parameters and one["staging"] == 2 * llama.head
-    assert sum(one.values()) / gib == pytest.approx(18.9 + plan.PROCESS["cuda"] / gib, abs=0.1)
+    assert one["masters"] == 4 * llama.parameters and one["moments"] == 8 * llama.parameters
+    assert one["gradients and new weights"] == 2 * llama.parameters
+    assert sum(one.values()) / gib == pytest.approx(16.1 + plan.PROCESS["cuda"] / gib, abs=0.1)
+    # Accumulation takes nothing: the sum so far lies where the gradients will.
+    assert plan.host_bytes(llama, ds(accumulation=4), 2, 1, 1, "cuda") == one
     # Two ranks share the model's state; each is a process of its own.
     two = plan.host_bytes(llama, ds(), 2, 2, 2, "cuda")
     assert sum(two.values()) - sum(one.values()) == pytest.approx(plan.PROCESS["cuda"], rel=1e-3)
-    # Accumulation keeps the earlier micro-batches' gradients in 16 bits.
-    accumulating = plan.host_bytes(llama, ds(accumulation=4), 2, 1, 1, "cuda")
-    assert sum(accumulating.values()) - sum(one.values()) == 2 * llama.parameters
-    # DeepSpeed's own page-locking: a layer's 232 MiB become 256, a 16-bit buffer stays for every group.
+    # Here the embedding and the last group lie on both, and have buffers of their own on each.
+    accumulating = plan.host_bytes(llama, ds(accumulation=4), 2, 2, 2, "cuda")
+    assert sum(accumulating.values()) - sum(two.values()) == 2 * 2 * (llama.head + 67584)
+    # DeepSpeed's own page-locking: a layer's 232 MiB become 256, fp32 gradients are there as well.
     pinned = plan.host_bytes(llama, ds(pin_memory=True), 2, 1, 1, "cuda")
-    assert pinned["masters"] == gib + 16 * 2**28 + 2**19 and pinned["staging"] > one["staging"] + 2 * gib
+    assert pinned["masters"] == pinned["gradients"] == gib + 16 * 2**28 + 2**19
+    assert pinned["new weights"] > one["gradients and new weights"] + gib / 2
 
 
 def test_the_gpu_prediction_grows_with_what_it_should(modules, llama):
