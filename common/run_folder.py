@@ -150,8 +150,11 @@ class RunFolder:
         shutil.rmtree(self.model, ignore_errors=True)
         partial.rename(self.model)
 
-    def finish(self, status: str, reason: str | None = None) -> None:
-        """The training is over, `completed` or `interrupted` (and why): summary, plots, tracker, upload."""
+    def finish(self, status: str, reason: str | None = None, **figures) -> None:
+        """The training is over, `completed` or `interrupted` (and why): summary, plots, tracker, upload.
+
+        `figures` stand in the summary, in the place of its own where they have their names.
+        """
         if not self.is_main:
             return
         self._begun = False
@@ -159,7 +162,7 @@ class RunFolder:
         if status == "interrupted":
             how = "the same command" if self.cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
             print(f"Stopped ({reason or 'asked to on another rank'}); {how} goes on from here")
-        write_json(self.path / "summary.json", self.summarize(status))
+        write_json(self.path / "summary.json", self.summarize(status) | figures)
         self._tracker.log_artifacts(*report.plot_training(self.path), self.path / "summary.json")
         self._tracker.finish(status)
         report.print_summary(self.path)

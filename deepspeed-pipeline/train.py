@@ -37,6 +37,7 @@ from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.ds_settings import engine_settings
 from common.hub import check_can_push
+from common.metrics import peak_gpu_gib
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
 
@@ -272,10 +273,17 @@ def train(cfg: Config) -> None:
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, engine, model)
             if stopping and step < total_steps:
-                return run.finish("interrupted", stop.reason)
+                return run.finish("interrupted", stop.reason, **peaks(device))
             clock = time.perf_counter()
         run.save_model(model, tokenizer, gather_masters(zero, model, device))
-        run.finish("completed")
+        run.finish("completed", **peaks(device))
+
+
+def peaks(device: torch.device) -> dict:
+    """The GPU memory of each rank at its peak, GiB: every stage has its own. The largest is the run's."""
+    by_rank = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, round(peak_gpu_gib(device), 3))
+    return {"peak_gpu_gib": max(by_rank) or None, "peak_gpu_gib_by_rank": by_rank}
 
 
 def gather_masters(zero, model: PreTrainedModel, device: torch.device):
