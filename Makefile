@@ -39,14 +39,18 @@ test-fast: .venv/ready ## the tests that take under 4 minutes together
 	@$(RUN) python -m pytest tests -m "not slow"
 
 .PHONY: lint
-lint: .venv/ready ## ruff, and whether the READMEs' tables are those of the records
+lint: .venv/ready ## ruff, and whether READMEs' tables and notebooks are up to date
 	@$(RUN) ruff check . && ruff format --check .
-	$(RUN) python -m common.results --check
+	$(RUN) python -m common.results --check && python -m common.notebook_files --check
 
 .PHONY: format
 format: .venv/ready ## put code and tables into their form
 	@$(RUN) ruff check --fix . && ruff format .
 	$(RUN) python -m common.results
+
+.PHONY: notebooks
+notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the code that they fetch
+	@$(RUN) python -m common.notebook_files $(REVISION)
 
 .PHONY: bench
 bench: .venv/ready ## measure the projects on this machine's GPUs; records go to results/

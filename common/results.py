@@ -225,15 +225,20 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
 }
 
 
+def block(name: str, results: Path) -> str:
+    """The table or figure `name` of BLOCKS, in Markdown."""
+    make, *names = BLOCKS[name]
+    return make(results / name.split()[0], *names)
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every block made anew."""
 
-    def fill(block: re.Match) -> str:
-        name = block[1]
+    def fill(found: re.Match) -> str:
+        name = found[1]
         if name not in BLOCKS:
             raise UserError(f"<!-- results: {name} -->: no such block; there are: {', '.join(BLOCKS)}")
-        make, *names = BLOCKS[name]
-        return f"<!-- results: {name} -->{make(results / name.split()[0], *names)}<!-- end results -->"
+        return f"<!-- results: {name} -->{block(name, results)}<!-- end results -->"
 
     text, blocks = BLOCK.subn(fill, text)
     if blocks != text.count("<!-- results: "):

@@ -1,0 +1,292 @@
+"""What the notebooks call. They launch a project's scripts and show what these left, and define nothing themselves.
+
+Importing this module needs the standard library only: `install` brings the rest. Nothing here touches CUDA: a kernel
+that had would take memory from the training, which runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KAGGLE = Path("/kaggle")
+KAGGLE_KEEPS_GB = 20  # of /kaggle/working, when a session ends
+RECORDS = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "plots", "eval.json", "samples.md"]
+
+
+class CellFailed(Exception):
+    """Ends a cell with one line in place of a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{self}"]
+
+
+def install(extra: str) -> None:
+    """Install what the project needs and this environment lacks; `extra` is one of pyproject.toml's.
+
+    The torch that is there stays: it fits the machine's GPUs and drivers. Raises `CellFailed` if pip fails.
+    """
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lacking = [r for r in project["dependencies"] + project["optional-dependencies"][extra] if not _is_there(r)]
+    torch = _version("torch")
+    if lacking:
+        print(f"installing {', '.join(lacking)} ...", flush=True)
+        constraint = REPOSITORY / ".torch-constraint.txt"
+        constraint.write_text(f"torch=={torch}\n" if torch else "")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint), *lacking]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        constraint.unlink()
+        if done.returncode:
+            raise CellFailed(f"pip could not install {', '.join(lacking)}:\n{done.stdout[-2000:]}")
+        importlib.invalidate_caches()
+    shown = ["torch", "transformers", "datasets", "accelerate"]
+    shown += [name for name in map(_name, project["optional-dependencies"][extra]) if name not in shown]
+    print("  ".join(f"{name} {_version(name)}" for name in shown))
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is_there(requirement: str) -> bool:
+    from pip._vendor.packaging.requirements import Requirement
+
+    wanted, found = Requirement(requirement), _version(_name(requirement))
+    return found is not None and wanted.specifier.contains(found, prereleases=True)
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name, memory and compute capability of each GPU, as the driver tells them."""
+    keys = ("name", "memory", "capability")
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines]
+
+
+def check_machine(wanted_gpus: int = 2) -> None:
+    """Print what this machine is, and a warning where the project will not run on it, or not as it is meant to."""
+    import psutil
+
+    found = gpus()
+    for gpu in found or [{"name": "no GPU: two processes on the CPU", "memory": "–", "capability": "–"}]:
+        print(f"GPU     {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
+    print(f"CPU     {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
+    print(f"disk    {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
+    print(f"Python  {platform.python_version()}")
+    if any(gpu["capability"].startswith("6.") for gpu in found):
+        print("warning: current builds of PyTorch have no code for a P100: choose the accelerator «GPU T4 x2»")
+    elif found and len(found) < wanted_gpus:
+        print(f"warning: {len(found)} GPU, and this notebook is about {wanted_gpus}: choose «GPU T4 x2»")
+
+
+def use_secrets(*names: str) -> None:
+    """Take from Kaggle's secrets what the environment does not have; say which are there, never their values."""
+    for name in names:
+        if not os.environ.get(name):
+            try:
+                from kaggle_secrets import UserSecretsClient
+
+                os.environ[name] = UserSecretsClient().get_secret(name)
+            except Exception:  # not on Kaggle, no such secret, no internet: its client has an error for each
+                os.environ.pop(name, None)
+        print(f"{name:16} {'is set' if os.environ.get(name) else 'is not set'}")
+
+
+def runs_folder() -> Path:
+    """Where runs lie: on Kaggle the large disk, of which nothing is kept when the session ends (`keep` copies)."""
+    folder = KAGGLE / "temp" / "runs" if (KAGGLE / "working").is_dir() else REPOSITORY / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def earlier_checkpoint(project: str) -> list[str]:
+    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none."""
+    found = sorted((KAGGLE / "input").glob(f"**/{project}/checkpoints/step-*"), key=lambda path: path.name)
+    return [f"checkpoint.resume={found[-1]}"] if found else []
+
+
+def launch(project: str, config: str, *settings: str) -> None:
+    """Start the project's launch.sh and show what it prints. Raises `CellFailed` if the training fails."""
+    _show([f"{project}/launch.sh", "--config", config, *settings])
+
+
+def evaluate(project: str, config: str, *settings: str) -> None:
+    """Start the project's eval.py on all GPUs, or on two CPU processes. Raises `CellFailed` if it fails."""
+    processes = len(gpus()) or 2
+    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes)]
+    _show([*launcher, f"{project}/eval.py", "--config", config, *settings], quiet=True)
+
+
+def _show(command: list[str], quiet: bool = False) -> None:
+    """Run `command`: a progress bar stays in one place; lines are printed, if `quiet` only where the command fails."""
+    from IPython.display import display
+
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    bar, printed = None, []
+    try:
+        for line, is_complete in _lines(process):
+            if not is_complete:
+                shown = {"text/plain": line}
+                if bar is None:
+                    bar = display(shown, raw=True, display_id=True)
+                else:
+                    bar.update(shown, raw=True)
+            elif line.strip() and "%|" not in line:  # a bar's last state stands already
+                printed.append(line)
+                if not quiet:
+                    print(line, flush=True)
+    except KeyboardInterrupt:  # the launcher got the signal too, and saves a checkpoint
+        print("stopping: the run saves a checkpoint ...", flush=True)
+    if code := process.wait():
+        if quiet:
+            print(*printed, sep="\n")
+        errors = [line for line in printed if line.startswith("error:")]
+        raise CellFailed(errors[-1] if errors else f"{command[0]} ended with exit code {code}: see above")
+
+
+def _lines(process: subprocess.Popen) -> Iterator[tuple[str, bool]]:
+    """Each line that `process` prints, and whether it is complete: one that will be overwritten is not."""
+    decode, text = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
+    while chunk := os.read(process.stdout.fileno(), 65536):
+        *ended, text = re.split(r"(?<=[\r\n])", text + decode(chunk).replace("\r\n", "\n"))
+        for line in ended:
+            yield line[:-1], line.endswith("\n")
+    if text:
+        yield text, True
+
+
+def show_figure(path: str) -> None:
+    """A drawing of the repository's."""
+    from IPython.display import SVG, display
+
+    display(SVG(filename=REPOSITORY / path))
+
+
+def show_plots(run: Path, *names: str) -> None:
+    """The run's plots, those of `names` that were drawn."""
+    from IPython.display import Image, display
+
+    for name in names:
+        if (path := run / "plots" / f"{name}.png").is_file():
+            display(Image(filename=path, width=720, alt=f"{name} of the run"))
+
+
+def show_measured(project: str) -> None:
+    """What was measured on other settings: the tables of the project's README, from the records in results/."""
+    from IPython.display import Markdown, display
+
+    from common.results import BLOCKS, block
+
+    names = [name for name in BLOCKS if name.split()[0] == project and not name.endswith("headline")]
+    for name in names:
+        display(Markdown(block(name, REPOSITORY / "results")))
+    if not names:
+        print("Not measured on GPUs yet.")
+
+
+def keep(run: Path, project: str) -> None:
+    """Say what the run left. On Kaggle, copy what the session keeps: the model, or a checkpoint to go on from."""
+    summary = json.loads((run / "summary.json").read_text())
+    completed = summary["status"] == "completed"
+    target = run
+    if (KAGGLE / "working").is_dir():
+        target = KAGGLE / "working" / project
+        checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
+        _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
+    for path in sorted(target.iterdir()):
+        size = sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
+        print(f"{size / 1e6:12,.2f} MB  {path.name}")
+    print(f"in {target}")
+    if not completed:
+        print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
+
+
+def _copy(run: Path, target: Path, names: list[str]) -> None:
+    there = [run / name for name in names if (run / name).exists()]
+    size = sum(p.stat().st_size for path in there for p in [path, *path.rglob("*")] if p.is_file())
+    if size > KAGGLE_KEEPS_GB * 1e9:
+        raise CellFailed(
+            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: {run} is complete"
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    for path in there:
+        copy = target / path.relative_to(run)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
+
+
+def find_model(project: str, run: Path, repository: str = "") -> list[str]:
+    """The setting that names the fine-tuned model: a Hub repository, this session's run, or one attached as input.
+
+    Raises `CellFailed` where there is none.
+    """
+    if repository:
+        return [f"eval.model={repository}"]
+    attached = sorted((KAGGLE / "input").glob(f"**/{project}/model"))
+    found = [path for path in (run / "model", *attached) if path.is_dir()]
+    if not found:
+        raise CellFailed(f"no fine-tuned model in {run}: run train.ipynb first, or set MODEL to a Hub repository")
+    return [f"eval.model={found[0]}"]
+
+
+def show_evaluation(run: Path) -> None:
+    """Base against fine-tuned: the table and the plot."""
+    from IPython.display import Markdown, display
+
+    from common.report import FIGURES
+
+    results = json.loads((run / "eval.json").read_text())
+    base, tuned = results["base"], results["fine_tuned"]
+    rows = ["| held-out rows: " + f"{results['rows']:,} | base | fine-tuned | change |", "|---|---:|---:|---:|"]
+    for label, key, form in FIGURES:
+        if base.get(key) is not None:
+            change = tuned[key] - base[key]
+            rows.append(f"| {label} | {base[key]:{form}} | {tuned[key]:{form}} | {change:+{form}} |")
+    display(Markdown("\n".join(rows)))
+    show_plots(run, "eval")
+
+
+def show_samples(run: Path, count: int) -> None:
+    """The first `count` samples: what both models made of them, side by side."""
+    from html import escape
+
+    from IPython.display import HTML, display
+
+    samples = json.loads((run / "eval.json").read_text())["samples"][:count]
+    columns = list(samples[0])
+    style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 25%"
+    rows = [[sample[column] or "" for column in columns] for sample in samples]
+    head = "".join(f'<th style="{style}">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="{style}">{escape(text)}</td>' for text in row) + "</tr>" for row in rows
+    )
+    display(
+        HTML(
+            f'<table style="table-layout: fixed; width: 100%"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        )
+    )

@@ -1,0 +1,100 @@
+"""Write the notebooks of all projects from their sources: `python -m common.notebook_files [--check] [REVISION]`.
+
+A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside it,
+in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes. What
+all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a REVISION, a
+commit or a tag, the notebooks fetch that one from now on. `--check` changes nothing and fails where a file is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+from common import errors
+from common.config import REPOSITORY
+from common.errors import UserError
+
+ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
+
+
+def source(text: str, address: str, revision: str) -> str:
+    """The source with the repository's address, everywhere, and the revision, if there is one."""
+    text = text.replace(ADDRESS.search(text)[1], address)
+    return PIN.sub(f'REVISION = "{revision}"', text) if revision else text
+
+
+def notebook(text: str, old: str | None) -> str:
+    """The `.ipynb` of a source, with the outputs that cells of the `old` one have where their code is the same."""
+    made = jupytext.reads(text, fmt="py:percent")
+    outputs = {}
+    for cell in nbformat.reads(old, 4).cells if old else []:
+        if cell.cell_type == "code":
+            outputs[cell.source] = cell
+    for number, cell in enumerate(made.cells):
+        cell.id = f"cell-{number}"  # not a random one: equal sources make equal files
+        if cell.cell_type == "code" and (known := outputs.get(cell.source)):
+            cell.outputs, cell.execution_count = known.outputs, known.execution_count
+    made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
+    return nbformat.writes(made, version=4) + "\n"
+
+
+def kernel_metadata(project: str, kind: str, owner: str) -> str:
+    """What `kaggle kernels push` sends: two T4, internet on; the evaluation gets the training's output as input."""
+    title = f"{project} {kind}"
+    return (
+        json.dumps(
+            {
+                "id": f"{owner}/{title.replace(' ', '-')}",
+                "title": title,
+                "code_file": f"../{kind}.ipynb",
+                "language": "python",
+                "kernel_type": "notebook",
+                "is_private": True,
+                "enable_gpu": True,
+                "enable_internet": True,
+                "machine_shape": "NvidiaTeslaT4",
+                "dataset_sources": [],
+                "competition_sources": [],
+                "kernel_sources": [f"{owner}/{project}-train"] if kind == "eval" else [],
+                "model_sources": [],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+
+
+def update(repository: Path, check: bool, revision: str = "") -> None:
+    """Write what changed; with `check`, raise `UserError` if something would change."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    address, owner = settings["project"]["urls"]["Repository"], settings["tool"]["notebooks"]["kaggle"]
+    stale = []
+    for path in sorted(repository.glob("*/notebooks/*.py")):
+        project, kind = path.parent.parent.name, path.stem
+        ipynb, metadata = path.with_suffix(".ipynb"), path.parent / kind / "kernel-metadata.json"
+        text = source(path.read_text(encoding="utf-8"), address, revision)
+        old = ipynb.read_text(encoding="utf-8") if ipynb.exists() else None
+        for file, new in (
+            (path, text),
+            (ipynb, notebook(text, old)),
+            (metadata, kernel_metadata(project, kind, owner)),
+        ):
+            if not file.exists() or file.read_text(encoding="utf-8") != new:
+                stale.append(str(file.relative_to(repository)))
+                if not check:
+                    file.parent.mkdir(exist_ok=True)
+                    file.write_text(new, encoding="utf-8")
+    if stale and check:
+        raise UserError(f"out of date: {', '.join(stale)}; bring them up to date with: make notebooks")
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
+    errors.run(lambda: update(REPOSITORY, "--check" in sys.argv, *arguments))
