@@ -285,8 +285,5 @@ def show_samples(run: Path, count: int) -> None:
     body = "".join(
         "<tr>" + "".join(f'<td style="{style}">{escape(text)}</td>' for text in row) + "</tr>" for row in rows
     )
-    display(
-        HTML(
-            f'<table style="table-layout: fixed; width: 100%"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        )
-    )
+    table = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    display(HTML(f'<table style="table-layout: fixed; width: 100%">{table}</table>'))

@@ -1,9 +1,10 @@
 """Write the notebooks of all projects from their sources: `python -m common.notebook_files [--check] [REVISION]`.
 
-A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside it,
-in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes. What
-all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a REVISION, a
-commit or a tag, the notebooks fetch that one from now on. `--check` changes nothing and fails where a file is out of date.
+A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
+it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
+What all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a
+REVISION, a commit or a tag, the notebooks fetch that one from now on. `--check` changes nothing and fails where a file
+is out of date.
 """
 
 from __future__ import annotations

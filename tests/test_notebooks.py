@@ -1,0 +1,151 @@
+"""The notebooks, executed from top to bottom with the real names against a Hub on this machine; and what they call."""
+
+import ast
+import json
+import subprocess
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, refused
+from launching import environment
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from common import notebook, notebook_files
+
+SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
+PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
+
+
+def cells(path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_notebook_launches_and_shows_and_defines_nothing(path):
+    sources = cells(path.with_suffix(".ipynb"))
+    assert len(sources) >= 5
+    for code in sources:
+        assert len(code.splitlines()) <= 25 and not code.lstrip().startswith(("!", "%"))
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds)]
+    folder = path.parent / path.stem
+    metadata = json.loads((folder / "kernel-metadata.json").read_text())
+    assert (folder / metadata["code_file"]).resolve() == path.with_suffix(".ipynb")
+    assert metadata["machine_shape"] == "NvidiaTeslaT4" and metadata["enable_internet"]  # that is two T4
+
+
+def test_the_files_are_those_of_their_sources(tmp_path):
+    notebook_files.update(REPOSITORY, check=True)
+    folder = tmp_path / "pytorch-ddp/notebooks"
+    folder.mkdir(parents=True)
+    source = (REPOSITORY / "pytorch-ddp/notebooks/train.py").read_text()
+    (folder / "train.py").write_text(source)
+    settings = (REPOSITORY / "pyproject.toml").read_text().replace("OWNER", "somebody")
+    (tmp_path / "pyproject.toml").write_text(settings)
+    with refused("train.ipynb", "kernel-metadata.json", "make notebooks"):
+        notebook_files.update(tmp_path, check=True)
+    notebook_files.update(tmp_path, check=False, revision="v1")
+    notebook_files.update(tmp_path, check=True)
+    made = (folder / "train.ipynb").read_text()
+    assert "github.com/somebody/" in made and "OWNER" not in made and 'REVISION = \\"v1\\"' in made
+
+    # Outputs stay with the cells whose code stays.
+    with_outputs = nbformat.read(folder / "train.ipynb", 4)
+    for cell in with_outputs.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.v4.new_output("stream", text="seen")]
+    nbformat.write(with_outputs, folder / "train.ipynb")
+    text = (folder / "train.py").read_text()
+    (folder / "train.py").write_text(text.replace("SETTINGS = []", 'SETTINGS = ["seed=1"]'))
+    notebook_files.update(tmp_path, check=False)
+    code = [cell for cell in nbformat.read(folder / "train.ipynb", 4).cells if cell.cell_type == "code"]
+    assert [bool(cell.outputs) for cell in code] == ["seed=1" not in cell.source for cell in code]
+    assert not all(cell.outputs for cell in code)
+
+
+def execute(path, edits: list[str], folder, **variables: str) -> str:
+    """Run all cells in `folder`, with `edits` below the parameters; what they printed and displayed."""
+    found = nbformat.read(path, 4)
+    (parameters,) = (cell for cell in found.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = "\n".join([parameters.source, *edits])
+    client = NotebookClient(found, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute(env=environment(**variables))
+    outputs = [output for cell in found.cells for output in cell.get("outputs", [])]
+    return "\n".join(str(output.get("text") or output.data) for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", PROJECTS)
+def test_training_and_evaluation_run_with_the_real_names(hub, tmp_path, project):
+    variables = hub.environment(tmp_path / "home", token="hf_writer") | {"WANDB_MODE": "offline"}
+    run, folder = tmp_path / "run", REPOSITORY / project / "notebooks"
+    edits = [f"RUN = Path({str(run)!r})", 'SETTINGS = ["train.max_steps=3", "data.eval_rows=32"]']
+    trained = execute(folder / "train.ipynb", [*edits, 'HUB_REPOSITORY = "writer/notebook"'], folder, **variables)
+    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "GPU     no GPU" in trained
+    assert "HF_TOKEN         is set" in trained and "hf_writer" not in trained
+    assert (hub.root / "models/writer/notebook/model.safetensors").is_file()
+
+    evaluated = execute(folder / "eval.ipynb", edits, folder, **variables)
+    results = json.loads((run / "eval.json").read_text())
+    assert f"{results['fine_tuned']['loss']:.4f}" in evaluated and "image/png" in evaluated
+    assert results["environment"]["world_size"] == 2 and results["samples"][0]["fine_tuned"][:10] in evaluated
+
+
+@pytest.mark.slow
+def test_a_failing_training_fails_its_cell_with_the_scripts_error_line(tmp_path):
+    folder = REPOSITORY / "pytorch-ddp/notebooks"
+    run = f"RUN = Path({str(tmp_path / 'run')!r})"
+    edits = [run, 'CONFIG = "smoke.yaml"', 'SETTINGS = ["train.learnin_rate=1"]']
+    with pytest.raises(CellExecutionError) as caught:
+        execute(folder / "train.ipynb", edits, folder)
+    assert "error: " in str(caught.value) and "learnin_rate" in str(caught.value)
+    with pytest.raises(CellExecutionError, match=r"run train\.ipynb first"):
+        execute(folder / "eval.ipynb", [run, 'CONFIG = "smoke.yaml"'], folder)
+
+
+@pytest.mark.slow
+def test_away_from_the_repository_the_code_is_fetched(tmp_path):
+    """As on Kaggle, where there is nothing but the notebook. The address is that of this repository's own folder."""
+    path = tmp_path / "train.ipynb"
+    address = notebook_files.ADDRESS.search((REPOSITORY / "pytorch-ddp/notebooks/train.py").read_text())[1]
+    revision = subprocess.run(
+        ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    source = (REPOSITORY / "pytorch-ddp/notebooks/train.ipynb").read_text()
+    path.write_text(source.replace(address, str(REPOSITORY)).replace('\\"main\\"', f'\\"{revision}\\"'))
+    edits = ['CONFIG = "smoke.yaml"', 'SETTINGS = ["train.max_steps=2"]']
+    printed = execute(path, edits, tmp_path, GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="safe.directory",
+                      GIT_CONFIG_VALUE_0="*", PYTHONPATH="")  # fmt: skip
+    clone = tmp_path / "multi-gpu-fine-tuning"
+    assert json.loads((clone / "runs/pytorch-ddp/summary.json").read_text())["status"] == "completed"
+    assert f"in {clone}/runs/pytorch-ddp" in printed
+
+
+def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notebook, "KAGGLE", tmp_path)
+    for name in ("working", "input/earlier"):
+        (tmp_path / name).mkdir(parents=True)
+    run = notebook.runs_folder() / "pytorch-ddp"
+    assert run.is_relative_to(tmp_path / "temp")  # of which nothing is kept
+    for name in ("checkpoints/step-00000002", "checkpoints/step-00000004", "model"):
+        (run / name).mkdir(parents=True)
+        (run / name / "file").write_text("x" * 1000)
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "summary.json").write_text('{"status": "interrupted"}')
+    assert notebook.earlier_checkpoint("pytorch-ddp") == []
+    notebook.keep(run, "pytorch-ddp")
+    kept = tmp_path / "working/pytorch-ddp"
+    assert sorted(path.name for path in kept.iterdir()) == ["checkpoints", "metrics.jsonl", "summary.json"]
+    assert "not complete" in capsys.readouterr().out
+    kept.rename(tmp_path / "input/earlier/pytorch-ddp")
+    (setting,) = notebook.earlier_checkpoint("pytorch-ddp")
+    assert setting == f"checkpoint.resume={tmp_path}/input/earlier/pytorch-ddp/checkpoints/step-00000004"
+
+    (run / "summary.json").write_text('{"status": "completed"}')
+    notebook.keep(run, "pytorch-ddp")
+    assert sorted(path.name for path in kept.iterdir()) == ["metrics.jsonl", "model", "summary.json"]
+    monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
+    with pytest.raises(notebook.CellFailed, match="more than"):
+        notebook.keep(run, "pytorch-ddp")
