@@ -6,15 +6,19 @@ import subprocess
 
 import nbformat
 import pytest
+import torch
+import yaml
 from conftest import REPOSITORY, refused
-from launching import environment
+from launching import environment, metrics
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import notebook, notebook_files
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
 PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
+PROCESSES = {"deepspeed-offload": "1"}  # whose config.yaml is for one GPU
 
 
 def cells(path) -> list[str]:
@@ -77,23 +81,39 @@ def execute(path, edits: list[str], folder, **variables: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
-def test_training_and_evaluation_run_with_the_real_names(hub, tmp_path, project):
-    variables = hub.environment(tmp_path / "home", token="hf_writer") | {"WANDB_MODE": "offline"}
-    run, folder = tmp_path / "run", REPOSITORY / project / "notebooks"
-    settings = ["train.max_steps=3", "data.eval_rows=32"]
-    if project == "deepspeed-offload":
-        settings.append("train.micro_batch_size=8")  # its file is for one GPU, and here are two processes
-    edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
-    trained = execute(folder / "train.ipynb", [*edits, 'HUB_REPOSITORY = "writer/notebook"'], folder, **variables)
-    assert json.loads((run / "summary.json").read_text())["status"] == "completed"
+def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, project):
+    """Only the number of steps is changed."""
+    variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": PROCESSES.get(project, "2")}
+    run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
+    edits = [f"RUN = Path({str(run)!r})", 'SETTINGS = ["train.max_steps=3"]']
+    trained = execute(folder / "train.ipynb", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], folder, **variables)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert len([record for record in metrics(run) if "loss" in record]) == 3
     assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "GPU     no GPU" in trained
-    assert "HF_TOKEN         is set" in trained and "hf_writer" not in trained
-    assert (hub.root / "models/writer/notebook/model.safetensors").is_file()
+    uploaded, names = hub.root / "models/writer" / project, yaml.safe_load((run / "config.yaml").read_text())
+    ids = torch.tensor([AutoTokenizer.from_pretrained(run / "model")("We show that")["input_ids"]])
+    with torch.no_grad():
+        ours, theirs = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in (run / "model", uploaded)
+        )
+    assert torch.equal(ours, theirs)
+    card = (uploaded / "README.md").read_text()
+    assert names["model"]["name"] in card and names["data"]["name"] in card
+    if names["tracking"]["backend"] == "wandb":
+        assert list((tmp_path / "runs").rglob("*.wandb")), "no offline W&B run"
 
     evaluated = execute(folder / "eval.ipynb", edits, folder, **variables)
     results = json.loads((run / "eval.json").read_text())
+    assert results["base"]["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-6)
+    assert results["fine_tuned"]["loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)
     assert f"{results['fine_tuned']['loss']:.4f}" in evaluated and "image/png" in evaluated
     assert results["environment"]["world_size"] == 2 and results["samples"][0]["fine_tuned"][:10] in evaluated
+
+    # The token is in nothing that was written or shown.
+    assert "HF_TOKEN         is set" in trained and "hf_writer" not in trained + evaluated
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 15 and not [path for path in written if b"hf_writer" in path.read_bytes()]
 
 
 @pytest.mark.slow
