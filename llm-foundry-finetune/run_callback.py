@@ -90,20 +90,18 @@ class RunFolderCallback(Callback):
                 f"LLM Foundry kept {len(state.dataloader.dataset)} of the {self.rows} rows that prepare_data.py wrote, "
                 f"so its batches would not be those of the other projects: tell us which tokenizer and data do that"
             )
-        self._learn_at_this_steps_rate(state)
-        self._clock = time.perf_counter()
-
-    def _learn_at_this_steps_rate(self, state: State) -> None:
-        """The schedule is a function of the step alone: a checkpoint's may have been for another number of steps."""
-        (scheduler,), (optimizer,) = state.schedulers, state.optimizers
-        scheduler.base_lrs = [self.cfg.train.learning_rate] * len(optimizer.param_groups)
-        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        for group in state.optimizers[0].param_groups:  # a checkpoint's may be those of another learning rate
             group["weight_decay"] *= self.cfg.train.learning_rate / (group["initial_lr"] or 1)
             group["initial_lr"] = self.cfg.train.learning_rate
-            group["lr"] = self.cfg.train.learning_rate * factor(scheduler.last_epoch)
+        self._clock = time.perf_counter()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._learning_rate = state.optimizers[0].param_groups[0]["lr"]
+        # Composer steps its schedule before it counts the batch: each step would have the rate of the one before, and a
+        # step after a resume that of the checkpoint. The schedule is a function of the step alone: ask it again.
+        (factor, *_), groups = state.schedulers[0].lr_lambdas, state.optimizers[0].param_groups
+        self._learning_rate = self.cfg.train.learning_rate * factor(0)  # looks at the step itself, not at its argument
+        for group in groups:
+            group["lr"] = self._learning_rate
         self._loss_scale = state.scaler.get_scale()
 
     def batch_end(self, state: State, logger: Logger) -> None:
