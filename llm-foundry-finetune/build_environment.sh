@@ -28,7 +28,7 @@ echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off -r "$requirements"
 ) >"$log" 2>&1 9>&- &
 build=$!
-trap 'kill $build 2>/dev/null' EXIT
+trap 'kill $build 2>/dev/null || true' EXIT
 for ((seconds = 0; ; seconds += 1)); do
     sleep 1
     if ! kill -0 $build 2>/dev/null; then break; fi
