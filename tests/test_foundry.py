@@ -53,13 +53,16 @@ def environment_is_built():
     subprocess.run([f"{PROJECT}/build_environment.sh"], cwd=REPOSITORY, check=True)
 
 
+def write_model(name: str, folder) -> str:
+    """A model folder: the two environments' embedded models start from other random weights."""
+    models.load_model(ModelConfig(name), seed=1).save_pretrained(folder)
+    models.load_tokenizer(ModelConfig(name)).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A model folder: the two environments' embedded models start from other random weights."""
-    folder = tmp_path_factory.mktemp("base")
-    models.load_model(ModelConfig("tiny:opt"), seed=1).save_pretrained(folder)
-    models.load_tokenizer(ModelConfig("tiny:opt")).save_pretrained(folder)
-    return str(folder)
+    return write_model("tiny:opt", tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,10 @@ def test_two_processes_train_and_evaluate_as_ddp_does(undisturbed, base, tmp_pat
     """With warm-up, cosine schedule, weight decay, clipping, prompts masked, several epochs."""
     run("pytorch-ddp", *RUN, f"model.name={base}", f"output_dir={tmp_path}", processes=1)
     assert len(losses(undisturbed)) == 30
-    assert_close(losses(undisturbed), losses(tmp_path), 1e-4)
+    ours, theirs = losses(undisturbed), losses(tmp_path)
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-5)
+    # OPT's key biases have no gradient but rounding errors, of which Adam makes whole steps.
+    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-3)
     assert held_out(undisturbed) == pytest.approx(held_out(tmp_path), rel=1e-6)
     for name in ("epoch", "learning_rate", "tokens"):
         ours, theirs = ([r[name] for r in metrics(folder) if "loss" in r] for folder in (undisturbed, tmp_path))
@@ -88,7 +94,8 @@ def test_two_processes_train_and_evaluate_as_ddp_does(undisturbed, base, tmp_pat
 
 
 @pytest.mark.slow
-def test_one_process_trains_as_ddp_does(base, tmp_path):
+def test_one_process_trains_as_ddp_does(tmp_path):
+    base = write_model("tiny:llama", tmp_path / "base")
     settings = [*SMOKE, "train.max_steps=20", "train.learning_rate=1e-3", "train.lr_schedule=constant"]
     settings += ["train.warmup_steps=0", f"model.name={base}", "train.activation_checkpointing=true"]
     run(PROJECT, *settings, f"output_dir={tmp_path}/foundry", processes=1)
