@@ -14,9 +14,9 @@ stopped or killed goes on when the same command is given again.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import datasets
@@ -60,8 +60,9 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     elif cfg.train.precision not in ("auto", "fp32"):
         raise UserError(f"train.precision={cfg.train.precision}: Composer computes in fp32 on a CPU: set it to auto")
     if cfg.train.compile:
-        raise UserError("train.compile=true: Composer compiles no model that FSDP2 shards: set it to false")
-    warnings.filterwarnings("ignore", ".*_fsdp_wrap attribute", DeprecationWarning)  # of Foundry's, told to Foundry
+        raise UserError("train.compile=true: Composer would compile model and exchanges in one piece: set it to false")
+    logging.captureWarnings(True)  # libraries warn of their own insides, and Composer resets Python's filters
+    logging.getLogger("py.warnings").propagate = False
     # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
     composer_dist.initialize_dist(get_device(None), timeout=cfg.runtime.timeout_minutes * 60)
     return dist.get_rank(), dist.get_world_size(), device
