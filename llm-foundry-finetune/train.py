@@ -5,7 +5,7 @@ hands it the settings of config.yaml, the data and a checkpoint to go on from, a
 
     llm-foundry-finetune/launch.sh                                  # the real run: one process for each GPU found
     llm-foundry-finetune/launch.sh --config smoke.yaml              # no GPU: two processes on the CPU
-    FSDP_VERSION=2 composer -n 2 llm-foundry-finetune/train.py      # the same as launch.sh on two GPUs
+    composer -n 2 llm-foundry-finetune/train.py                     # the same as launch.sh on two GPUs
     python llm-foundry-finetune/train.py --config smoke.yaml train.max_steps=20      # one process; any key can be set
 
 The last two in LLM Foundry's environment (. .venv-foundry/bin/activate). `--help` lists all keys. A run that was
@@ -73,11 +73,10 @@ def build_model(cfg: Config, folder: Path) -> str:
 
     Only rank 0 calls this. Raises `UserError` where the model cannot be had: Foundry would meet that on all ranks.
     """
-    if cfg.model.random_weights:  # there may be none to read: Foundry makes them
-        models.load_model_config(cfg.model)
-    else:
+    embedded = cfg.model.name.startswith("tiny:")
+    if embedded or not cfg.model.random_weights:  # else Foundry makes them, and there may be none to read
         model = models.load_model(cfg.model, cfg.seed, dtype="auto")
-    if cfg.model.name.startswith("tiny:"):
+    if embedded:
         model.save_pretrained(folder)
         return str(folder)
     if Path(cfg.model.name).is_dir():
