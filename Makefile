@@ -18,6 +18,10 @@ help: ## list the targets
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# LLM Foundry pins older versions of what the others use; its launch.sh calls the same script.
+.venv-foundry/ready: llm-foundry-finetune/requirements.txt
+	@llm-foundry-finetune/build_environment.sh
+
 .PHONY: demo
 demo: .venv/ready ## fine-tune and evaluate with DDP on two CPU processes: no GPU, no network
 	@$(RUN) pytorch-ddp/launch.sh --config smoke.yaml output_dir=runs/pytorch-ddp/demo checkpoint.resume=never
@@ -31,11 +35,11 @@ demo: .venv/ready ## fine-tune and evaluate with DDP on two CPU processes: no GP
 	  '  less pytorch-ddp/README.md         what DDP does, and what was measured'
 
 .PHONY: test
-test: .venv/ready lint ## everything: real launchers, trackers, Hub client, kill and resume
+test: .venv/ready .venv-foundry/ready lint ## everything: real launchers, trackers, Hub client, kill and resume
 	@$(RUN) python -m pytest tests
 
 .PHONY: test-fast
-test-fast: .venv/ready ## the tests that take under 4 minutes together
+test-fast: .venv/ready .venv-foundry/ready ## the tests that take under 4 minutes together
 	@$(RUN) python -m pytest tests -m "not slow"
 
 .PHONY: lint
@@ -53,8 +57,8 @@ notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the 
 	@$(RUN) python -m common.notebook_files $(REVISION)
 
 .PHONY: bench
-bench: .venv/ready ## measure the projects on this machine's GPUs; records go to results/
-	@$(RUN) for project in ddp fsdp offload pipeline; do python bench/$$project.py; done
+bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
+	@$(RUN) for project in ddp fsdp offload pipeline foundry; do python bench/$$project.py; done
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png

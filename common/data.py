@@ -109,6 +109,7 @@ class TokenizedRows(Dataset):
     tokens: np.ndarray  # int32 [all tokens]
     labels: np.ndarray  # int32 [all tokens]
     offsets: np.ndarray  # int64 [rows + 1]
+    sources: np.ndarray | None = None  # int64 [rows]: the row of data that each came from; None for packed blocks
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -148,12 +149,13 @@ def tokenize(
     wrapped = (packing or data.packing) == "wrapped"
     encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
     tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
-    offsets = [0]
+    offsets, sources = [0], []
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in tqdm(
         starts, desc="Tokenizing", unit="k rows", disable=not show_progress or len(starts) < 20, leave=False
     ):
-        for ids, targets in encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer):
+        encoded = encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)
+        for source, (ids, targets) in enumerate(encoded, start):
             row_labels = _mask(ids, targets)
             if not wrapped:
                 ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
@@ -162,6 +164,7 @@ def tokenize(
             tokens.extend(ids)
             labels.extend(row_labels)
             offsets.append(len(tokens))
+            sources.append(source)
     tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
     if wrapped:
         tokens, labels = _full_blocks(tokens, labels, data.max_length)
@@ -171,7 +174,7 @@ def tokenize(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64))
+    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), None if wrapped else np.array(sources, np.int64))
 
 
 def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -193,9 +196,11 @@ def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
 
 
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
-    texts = [text for text in _texts(batch, data.text_column, start, data) if text.strip()]
-    for ids in _ids(tokenizer, texts) if texts else ():
-        yield _with_eos(ids, tokenizer), 0
+    texts = _texts(batch, data.text_column, start, data)
+    written = [text for text in texts if text.strip()]
+    encoded = iter(_ids(tokenizer, written) if written else ())
+    for text in texts:
+        yield (_with_eos(next(encoded), tokenizer) if text.strip() else []), 0
 
 
 def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:

@@ -1,6 +1,7 @@
 # Sourced by every launch.sh: puts the Python environment on the PATH. An active virtual environment is used; else the
 # repository's .venv; else the system's Python where it has what is needed (Kaggle); else .venv is built. A project that
-# needs more packages than all do names them in `also_needed`.
+# needs more packages than all do names them in `also_needed`; one whose framework pins other versions has
+# an environment of its own, whatever is active: `own_environment`, built by the script `build_own_environment`.
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 missing_packages() { # prints what `python` lacks; finds packages without importing them
@@ -12,8 +13,11 @@ print(*(name for name in (*names, *sys.argv[1:]) if find_spec(name) is None))
 PYTHON
 }
 
-missing=$(missing_packages)
-if [[ -z $missing && -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+if [[ -n ${own_environment:-} ]]; then
+    "$build_own_environment"
+    export VIRTUAL_ENV=$repository/$own_environment
+    PATH=$VIRTUAL_ENV/bin:$PATH
+elif missing=$(missing_packages) && [[ -z $missing && -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
     : # the active environment has everything
 elif [[ -x $repository/.venv/bin/python || (-n $missing && -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-}) ]]; then
     make --silent -C "$repository" .venv/ready

@@ -37,7 +37,9 @@ def write_model(model: PreTrainedModel, folder: Path, is_main: bool, gather: Cal
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=FILE_SIZE)
     if is_main:
         folder.mkdir(parents=True)
-        model.config.architectures = [type(model).__name__]
+        # FSDP makes a class of its own out of a model's; the name to be found again is that of transformers'.
+        classes = (cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+        model.config.architectures = [next(classes, type(model)).__name__]
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)

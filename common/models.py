@@ -48,7 +48,7 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name, revision=model.revision, token=token())
+        tokenizer = _read_tokenizer(model)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
         raise explain_hub_error(error, "model", model.name) from error
     if tokenizer.eos_token_id is None:
@@ -56,6 +56,21 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    where = {"revision": model.revision, "token": token()}
+    try:
+        return AutoTokenizer.from_pretrained(model.name, **where)
+    except ValueError as error:
+        if "TokenizersBackend" not in str(error):
+            raise
+    # Written by transformers 5 and read by 4: the class has another name there, and so has the list of special tokens.
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    special = get_tokenizer_config(model.name, **where).get("extra_special_tokens") or []
+    names = {"extra_special_tokens": {}, "additional_special_tokens": special}
+    return transformers.PreTrainedTokenizerFast.from_pretrained(model.name, **names, **where)
 
 
 def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> PretrainedConfig:

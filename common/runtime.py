@@ -56,7 +56,8 @@ def launcher_pid() -> int:
     """The first process of the run on this machine, whose tree takes the host memory: its launcher, or this process."""
     if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher is a chain of two
         return psutil.Process(os.getppid()).ppid()
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.keys() >= {"NODE_RANK", "MASTER_PORT"}  # Composer's
+    return os.getppid() if launched else os.getpid()
 
 
 def check_gpu(device: torch.device) -> None:

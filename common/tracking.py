@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import psutil
+from packaging.version import Version
 
 from common.config import BaseConfig, flatten
 from common.errors import UserError
@@ -267,13 +268,14 @@ class WandbBackend:
         from requests.utils import get_netrc_auth
 
         wandb = self._wandb
+        requirements = "x_save_requirements" if Version(wandb.__version__) >= Version("0.19") else "_save_requirements"
         quiet = wandb.Settings(
             silent=True,
             console="off",  # the terminal's lines are in no need of a copy, and may hold anything
             save_code=False,
             disable_code=True,
             disable_git=True,
-            x_save_requirements=False,  # environment.json has the versions
+            **{requirements: False},  # environment.json has the versions
         )
         known = wandb.setup(quiet).settings
         has_key = known.api_key or known.identity_token_file or get_netrc_auth(known.base_url)

@@ -73,8 +73,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def command(project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml") -> list[str]:
-    """With one process plain `python train.py`; with more, the project's launch.sh."""
-    start = [f"{project}/launch.sh"] if processes > 1 else [sys.executable, f"{project}/train.py"]
+    """With one process plain `python train.py`; with more, and where this environment will not do, launch.sh."""
+    by_hand = processes == 1 and project != "llm-foundry-finetune"
+    start = [sys.executable, f"{project}/train.py"] if by_hand else [f"{project}/launch.sh"]
     return [*start, "--config", config, *settings]
 
 

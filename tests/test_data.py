@@ -462,3 +462,10 @@ def test_an_unknown_tiny_model_is_refused_with_those_that_there_are():
     for load in (load_tokenizer, load_model_config):
         with refused("model.name=tiny:gpt5", *(f"tiny:{family}" for family in FAMILIES)):
             load(ModelConfig("tiny:gpt5"))
+
+
+def test_a_sequence_knows_the_row_that_it_came_from():
+    rows = datasets.Dataset.from_list([{"text": text} for text in ("one", " \n", "three", "", "five")])
+    tokenizer = load_tokenizer(ModelConfig("tiny:qwen2"))
+    assert tokenize(rows, DataConfig(), tokenizer).sources.tolist() == [0, 2, 4]
+    assert tokenize(rows, DataConfig(max_length=2), tokenizer, packing="wrapped").sources is None

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts at a time build
+# it once: the others wait. The stamp `ready` is written last, so that a build that was broken off is taken up again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
+if [[ $environment/ready -nt $requirements ]]; then exit 0; fi
+mkdir -p "$environment"
+exec 9>"$environment/lock"
+if ! flock --nonblock 9; then
+    echo "waiting for another start, which builds $environment ..." >&2
+    flock 9
+fi
+if [[ $environment/ready -nt $requirements ]]; then exit 0; fi
+
+for python in ${PYTHON:-} python3.11 python3.12 python3; do
+    if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then break; fi
+    python=
+done
+if [[ -z $python ]]; then
+    echo "error: LLM Foundry needs Python 3.11 or 3.12, and there is none on the PATH: install one, or name it in PYTHON" >&2
+    exit 2
+fi
+log=$environment/build.log
+echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log: $log) ..." >&2
+(
+    if [[ ! -x $environment/bin/pip ]]; then "$python" -m venv "$environment"; fi
+    "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off -r "$requirements"
+) >"$log" 2>&1 9>&- &
+build=$!
+trap 'kill $build 2>/dev/null || true' EXIT
+for ((seconds = 0; ; seconds += 1)); do
+    sleep 1
+    if ! kill -0 $build 2>/dev/null; then break; fi
+    if [[ -t 2 ]] || ((seconds % 30 == 29)); then # one line that changes on a screen, a line now and then in a log
+        last=$(grep -E '^(Collecting|  Downloading|Installing)' "$log" | tail -n 1 | cut -c 1-70 || true)
+        if [[ -t 2 ]]; then printf '\r\033[K  %d s  %s' "$seconds" "$last" >&2; else echo "  $seconds s  $last" >&2; fi
+    fi
+done
+if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
+if ! wait $build; then
+    reason=$(grep -E '^(ERROR|Error|.*: error|.*[Nn]o space left)' "$log" | tail -n 1 || true)
+    echo "error: $environment could not be built: ${reason:-$(tail -n 1 "$log")} (all of it: $log)" >&2
+    exit 2
+fi
+touch "$environment/ready"

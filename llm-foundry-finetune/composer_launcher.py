@@ -1,0 +1,64 @@
+"""The `composer` launcher, with patience when it is told to stop, and quiet where a rank has said why it failed.
+
+`python composer_launcher.py [options] SCRIPT [arguments]` takes what `composer` takes and is the same launcher. By
+itself it leaves the training running when it is ended by SIGTERM, gives it 30 seconds after Ctrl-C, too few for a
+checkpoint, and reports a failed rank with a page of its output.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+
+import psutil
+from composer.cli import launcher
+
+PATIENCE = timedelta(minutes=5)
+
+
+def training_processes() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.is_running()]
+
+
+def print_failure(rank: int, process: subprocess.Popen) -> None:
+    """What a rank other than the first said last; the first rank's words are on the screen already."""
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.seek(0)
+            lines = stream.read().splitlines()
+            starts = [i for i, line in enumerate(lines) if line.startswith(("error:", "Traceback"))]
+            if starts:
+                print("\n".join(lines[starts[0] :]), file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    stopped_by = 0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped_by
+        again, stopped_by = stopped_by == signal.SIGINT == number, number
+        for process in training_processes():
+            process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    launcher.CLEANUP_TIMEOUT = PATIENCE
+    launcher._print_process_exit_status = print_failure
+    launcher.print = lambda *words: None  # "Waiting up to 300 seconds ..."
+    launcher.log.disabled = True
+    # A group of their own: Ctrl-C in a terminal would else reach every rank at once, beside our SIGTERM.
+    popen = subprocess.Popen
+    launcher.subprocess.Popen = lambda *arguments, **options: popen(*arguments, process_group=0, **options)
+    code = launcher.main()
+    if stopped_by:
+        return 128 + stopped_by
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

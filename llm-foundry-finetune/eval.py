@@ -1,0 +1,24 @@
+"""Base model against fine-tuned model on the held-out rows: loss, perplexity, token accuracy, bits per byte, samples.
+
+Train first; then, with the same `--config` and settings as the training, in any environment of the repository:
+
+    .venv-foundry/bin/python llm-foundry-finetune/eval.py --config smoke.yaml      # one process, CPU or GPU
+    torchrun --nproc_per_node 2 llm-foundry-finetune/eval.py                       # several: the same figures, sooner
+    python llm-foundry-finetune/eval.py eval.model=facebook/opt-1.3b               # any other model in place of model/
+
+Writes eval.json, samples.md and plots/eval.png into the run folder.
+"""
+
+from settings import PROJECT, Config
+
+from common.config import parse_config
+from common.errors import run
+from common.evaluation import compare
+
+
+def main() -> None:
+    compare(parse_config(Config, __file__), project=PROJECT)
+
+
+if __name__ == "__main__":
+    run(main)

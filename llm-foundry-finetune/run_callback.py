@@ -1,0 +1,137 @@
+"""What this project adds to Composer's loop: two callbacks, registered with LLM Foundry by train.py.
+
+`GradientNorm` measures and clips, and mends the sum of gradients on a CPU. `RunFolderCallback` writes the run folder,
+checkpoints and stops cleanly, as the loops of the other projects do by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from common import runtime
+from common.config import BaseConfig
+from common.errors import UserError
+from common.run_folder import RunFolder
+
+
+class GradientNorm(Callback):
+    """Measures the gradients' global norm and clips it to `max_norm` (0: does not clip).
+
+    Composer's own `gradient_clipping` looks for modules of the first FSDP and, under FSDP2, clips nothing.
+    """
+
+    def __init__(self, max_norm: float):
+        self.max_norm = max_norm or math.inf
+        self.norm = 0.0  # of the last step, before clipping
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        if state.device.name == "cpu" and dist.get_world_size() > 1:
+            _average_on_cpu(state.model)
+
+    @torch.no_grad()
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        # The loss scaler has been divided out. Every rank has the squares of its shards.
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        squares = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]).square().sum()
+        if isinstance(gradients[0], DTensor):
+            dist.all_reduce(squares)
+        self.norm = squares.sqrt().item()
+        torch._foreach_mul_(shards, min(1.0, self.max_norm / (self.norm + 1e-6)))
+
+
+def _average_on_cpu(model: torch.nn.Module) -> None:
+    """Gloo of torch 2.7 sums where FSDP2 asks for an average: gradients would be too large by the number of ranks."""
+    world_size = dist.get_world_size()
+    averaged = torch.zeros(1)
+    dist.reduce_scatter_tensor(averaged, torch.ones(world_size), dist.ReduceOp.AVG)
+    if averaged == world_size:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_all_reduce_hook(lambda gradient: gradient.div_(world_size))
+
+
+class RunFolderCallback(Callback):
+    """Keeps the run folder while Composer trains. `state` is Composer's, as soon as there is one."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        cfg: BaseConfig,
+        stop: runtime.StopRequest,
+        save: Callable[[int, State], None],
+        begin: Callable[[torch.nn.Module], None],
+        rows: int,
+        steps_per_epoch: int,
+        total_steps: int,
+    ):
+        self.run, self.cfg, self.stop, self.save, self.begin = run, cfg, stop, save, begin
+        self.rows, self.steps_per_epoch, self.total_steps = rows, steps_per_epoch, total_steps
+        self.state: State | None = None
+        self._skipped = 0
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """The model is built and a checkpoint, if there is one, is read."""
+        self.state = state
+        self.begin(state.model.model)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if len(state.dataloader.dataset) != self.rows:
+            raise UserError(
+                f"LLM Foundry kept {len(state.dataloader.dataset)} of the {self.rows} rows that prepare_data.py wrote, "
+                f"so its batches would not be those of the other projects: tell us which tokenizer and data do that"
+            )
+        for group in state.optimizers[0].param_groups:  # a checkpoint's may be those of another learning rate
+            group["weight_decay"] *= self.cfg.train.learning_rate / (group["initial_lr"] or 1)
+            group["initial_lr"] = self.cfg.train.learning_rate
+        self._clock = time.perf_counter()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        # Composer steps its schedule before it counts the batch: each step would have the rate of the one before, and a
+        # step after a resume that of the checkpoint. The schedule is a function of the step alone: ask it again.
+        (factor, *_), groups = state.schedulers[0].lr_lambdas, state.optimizers[0].param_groups
+        self._learning_rate = self.cfg.train.learning_rate * factor(0)  # looks at the step itself, not at its argument
+        for group in groups:
+            group["lr"] = self._learning_rate
+        self._loss_scale = state.scaler.get_scale()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        step, loss = state.timestamp.batch.value, state.total_loss_dict["loss/train/total"]
+        self._skipped = self._skipped + 1 if state.scaler.get_scale() < self._loss_scale else 0
+        runtime.check_finite(step, loss, self._skipped)
+        self.run.log_step(
+            step,
+            epoch=round(step / self.steps_per_epoch, 4),
+            loss=loss,
+            learning_rate=self._learning_rate,
+            grad_norm=next(c.norm for c in state.callbacks if isinstance(c, GradientNorm)),
+            tokens=(state.timestamp.token - state.previous_timestamp.token).value,
+            seconds=time.perf_counter() - self._clock,
+        )
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        (metrics,) = state.eval_metrics.values()
+        loss = metrics["LanguageCrossEntropy"].compute().item()  # a collective
+        self.run.log_evaluation(state.timestamp.batch.value, loss)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        stopping = torch.tensor(self.stop.reason is not None, dtype=torch.int32)
+        stopping = state.device.tensor_to_device(stopping)
+        dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
+        every = self.cfg.checkpoint.every
+        if step < self.total_steps and (stopping or (every and step % every == 0)):  # the last one: see train.py
+            self.save(step, state)
+        if stopping:
+            state.evaluators = []  # Composer would evaluate once more at its end
+            state.stop_training()
+        self._clock = time.perf_counter()

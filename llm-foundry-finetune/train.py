@@ -1,0 +1,226 @@
+"""Fine-tune a language model with MosaicML LLM Foundry, on Composer's trainer and FSDP.
+
+Here a framework owns the loop. What is trained, on what and how stands in foundry.yaml: that is the lesson. This file
+hands it the settings of config.yaml, the data and a checkpoint to go on from, and takes the trained model out again.
+
+    llm-foundry-finetune/launch.sh                                  # the real run: one process for each GPU found
+    llm-foundry-finetune/launch.sh --config smoke.yaml              # no GPU: two processes on the CPU
+    composer -n 2 llm-foundry-finetune/train.py                     # the same as launch.sh on two GPUs
+    python llm-foundry-finetune/train.py --config smoke.yaml train.max_steps=20      # one process; any key can be set
+
+The last two in LLM Foundry's environment (. .venv-foundry/bin/activate). `--help` lists all keys. A run that was
+stopped or killed goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from catalogue import RegistryError
+from composer.core import Callback, State
+from composer.utils import dist as composer_dist
+from composer.utils import get_device
+from composer.utils.checkpoint import save_checkpoint as composer_save_checkpoint
+from foundry_settings import read_settings, write_settings
+from llmfoundry import registry
+from llmfoundry.command_utils import train_from_yaml
+from llmfoundry.utils.exceptions import BaseContextualError
+from prepare_data import check_data_settings, prepare
+from run_callback import GradientNorm, RunFolderCallback
+from settings import PROJECT, Config
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.utils import cached_file
+
+from common import errors, models, runtime
+from common.checkpoints import Checkpoints, identity
+from common.config import accumulation_steps, parse_config
+from common.errors import UserError
+from common.hub import check_can_push, token
+from common.run_folder import RunFolder
+
+
+def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
+    """Join the process group that the launcher describes in the environment; return rank, world size and device."""
+    os.environ["FSDP_VERSION"] = "2"  # the first FSDP, Composer's default, asks for a GPU
+    gpus = torch.cuda.device_count()
+    runtime.check_process_count()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
+    runtime.check_gpu(device)
+    if gpus:
+        torch.cuda.set_device(device)
+        runtime.limit_gpu_memory(cfg.runtime, device)
+    elif cfg.train.precision not in ("auto", "fp32"):
+        raise UserError(f"train.precision={cfg.train.precision}: Composer computes in fp32 on a CPU: set it to auto")
+    if cfg.train.compile:
+        raise UserError("train.compile=true: Composer would compile model and exchanges in one piece: set it to false")
+    logging.captureWarnings(True)  # libraries warn of their own insides, and Composer resets Python's filters
+    logging.getLogger("py.warnings").propagate = False
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    composer_dist.initialize_dist(get_device(None), timeout=cfg.runtime.timeout_minutes * 60)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def build_model(cfg: Config, folder: Path) -> str:
+    """A folder with the model that Foundry is to build: the Hub's download, or the embedded model written to `folder`.
+
+    Only rank 0 calls this. Raises `UserError` where the model cannot be had: Foundry would meet that on all ranks.
+    """
+    embedded = cfg.model.name.startswith("tiny:")
+    if embedded or not cfg.model.random_weights:  # else Foundry makes them, and there may be none to read
+        model = models.load_model(cfg.model, cfg.seed, dtype="auto")
+    if embedded:
+        model.save_pretrained(folder)
+        return str(folder)
+    if Path(cfg.model.name).is_dir():
+        return str(Path(cfg.model.name).resolve())
+    return str(Path(cached_file(cfg.model.name, "config.json", revision=cfg.model.revision, token=token())).parent)
+
+
+def foundry_variables(cfg: Config, model: str, prepared, dtype: torch.dtype, checkpoint: Path | None) -> dict:
+    """What foundry.yaml takes as `variables.run`: what follows from the settings, the data and the machine."""
+    architecture = models.load_model_config(cfg.model)
+    without_dropout = {
+        name: value
+        for name, value in architecture.to_dict().items()
+        if name.endswith(("dropout", "layerdrop", "_pdrop")) and isinstance(value, float)
+    }
+    if checkpoint:  # a file, or several ranks' folder, which Composer named
+        (checkpoint,) = (checkpoint / "composer").iterdir()
+    return {
+        "model": model,
+        "tokenizer": str(prepared.train_file.parent / "tokenizer"),
+        "pretrained": not cfg.model.random_weights or cfg.model.name.startswith("tiny:"),
+        "init_device": "mixed" if dist.get_world_size() > 1 else "cpu",
+        "config_overrides": without_dropout,
+        "train_file": str(prepared.train_file),
+        "eval_file": str(prepared.eval_file),
+        "cache": str(prepared.train_file.parent / "cache"),
+        "packing_ratio": cfg.foundry.packing_ratio if cfg.foundry.packing_ratio > 1 else None,
+        "dtype": next(name for name, of in runtime.DTYPES.items() if of == dtype),
+        "total_steps": prepared.total_steps,
+        "eval_interval": f"{cfg.eval.every or prepared.total_steps}ba",
+        # PyTorch's AdamW takes learning rate × weight decay off the weights, Composer's learning rate / peak × its own.
+        "decoupled_weight_decay": cfg.train.weight_decay * cfg.train.learning_rate,
+        "timeout_seconds": cfg.runtime.timeout_minutes * 60,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
+
+
+def save_checkpoint(checkpoints: Checkpoints, step: int, state: State) -> None:
+    """Write everything that the next step depends on, by Composer: each rank its shards, one process one file."""
+    rank = dist.get_rank()
+    if rank == 0:
+        checkpoints.begin(step)
+    dist.barrier()
+    file = "__{rank}_0.distcp" if dist.get_world_size() > 1 else "rank0.pt"
+    composer_save_checkpoint(state, str(checkpoints.writing(step) / "composer" / file))
+    dist.barrier()
+    if rank == 0:
+        checkpoints.commit(step)
+    dist.barrier()
+
+
+def export_model(run: RunFolder, state: State, tokenizer) -> None:
+    """`model/`, a tensor at a time: the sharded tensors are gathered whole, in fp32."""
+    model = state.model.model
+    for name, module in list(model.named_modules()):  # activation checkpointing put each layer into a wrapper
+        if hasattr(module, "_checkpoint_wrapped_module"):
+            model.set_submodule(name, module._checkpoint_wrapped_module)
+    model.config.use_cache = True  # Foundry switched it off: of use in generation only
+    for module in state.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation the outermost module's weights are still whole
+    run.save_model(model, tokenizer, lambda t: t.full_tensor() if isinstance(t, DTensor) else t.detach())
+
+
+def train(cfg: Config) -> None:
+    settings = read_settings(cfg)
+    check_data_settings(cfg)
+    rank, world_size, device = setup_distributed(cfg)
+    stop = runtime.StopRequest(cfg.runtime)
+    dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
+    accumulation_steps(cfg, world_size)  # refuses a global batch that cannot be split
+    if rank == 0:
+        check_can_push(cfg)
+    runtime.seed_everything(cfg.seed)
+    runtime.only_main_shows_progress(rank == 0)
+    transformers.utils.logging.set_verbosity_error()
+    environment = runtime.describe_environment(world_size, reason)
+    with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
+        tokenizer = models.load_tokenizer(cfg.model)
+        architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
+        folder = run.path / "foundry"
+        shared = [None]
+        if rank == 0:  # the others wait, and get what it found
+            shutil.rmtree(folder, ignore_errors=True)
+            prepared = prepare(cfg, tokenizer, folder, world_size)
+            tokenizer.save_pretrained(folder / "tokenizer")
+            model = build_model(cfg, folder / "base-model")
+            same_run = identity(cfg, PROJECT, architecture, prepared.fingerprint) | {
+                "foundry.packing_ratio": cfg.foundry.packing_ratio,
+                "the number of processes": "one" if world_size == 1 else "several",
+            }
+            checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
+            shared = [(prepared, model, same_run, checkpoints.find(cfg.checkpoint.resume))]
+        dist.broadcast_object_list(shared)
+        prepared, model, same_run, found = shared[0]
+        if prepared.rows < 20_000:
+            datasets.disable_progress_bars()
+        checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
+        first_step, checkpoint = found or (0, None)
+        values = foundry_variables(cfg, model, prepared, dtype, checkpoint)
+        if rank == 0:
+            write_settings(cfg, settings, values, folder / "foundry.yaml")
+        dist.barrier()
+
+        callback = RunFolderCallback(
+            run,
+            cfg,
+            stop,
+            save=lambda step, state: save_checkpoint(checkpoints, step, state),
+            begin=lambda model: run.begin(model, device, dtype, first_step, prepared.total_steps, checkpoint),
+            rows=prepared.rows,
+            steps_per_epoch=prepared.steps_per_epoch,
+            total_steps=prepared.total_steps,
+        )
+        registry.callbacks.register("gradient_norm", func=GradientNorm)
+        # Foundry makes callbacks by calling a class; the only instance of this one exists already.
+        registry.callbacks.register(
+            "run_folder", func=type("OfThisRun", (Callback,), {"__new__": lambda cls: callback})
+        )
+        try:
+            train_from_yaml(str(folder / "foundry.yaml"))
+        except (BaseContextualError, RegistryError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if callback.state is None:  # Foundry has not built what the file describes
+                problem = str(error).strip().splitlines()
+                raise UserError(
+                    f"{cfg.foundry.file}: {type(error).__name__}: {problem[0] if problem else ''}"
+                ) from error
+            if first_step < prepared.total_steps:  # else: Composer will not fit a run that has all its steps
+                raise
+        state, step = callback.state, callback.state.timestamp.batch.value
+        if rank == 0:
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+        if step < prepared.total_steps:
+            return run.finish("interrupted", stop.reason)
+        if first_step < prepared.total_steps:
+            save_checkpoint(checkpoints, step, state)
+        export_model(run, state, tokenizer)
+        run.finish("completed")
+
+
+def main() -> None:
+    train(parse_config(Config, __file__))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    errors.run(main)

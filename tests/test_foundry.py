@@ -1,0 +1,363 @@
+"""llm-foundry-finetune by its launch.sh, in its own environment: equality with DDP, resume, export, failures."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from launching import (
+    SMOKE,
+    assert_close,
+    curve,
+    environment,
+    error_line,
+    kill_all,
+    losses,
+    metrics,
+    project_modules,
+    run,
+    start,
+    wait_for_step,
+)
+from transformers import AutoModelForCausalLM
+from wandb_log import config, history, read_wandb
+
+from common import data, models
+from common.config import ModelConfig, load_config
+
+PROJECT = "llm-foundry-finetune"
+# An epoch is 12 steps here: a run of 30 crosses three of them. 17 held-out rows are unequal shares for two ranks.
+RUN = [
+    *SMOKE,
+    "data.eval_rows=17",
+    "data.train_rows=200",
+    "train.max_steps=30",
+    "train.learning_rate=1e-3",
+    "train.warmup_steps=4",
+    "train.weight_decay=0.1",
+    "eval.every=10",
+    "checkpoint.every=5",
+    "checkpoint.keep=2",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_is_built():
+    """The first start of launch.sh would build it, within that test's patience."""
+    subprocess.run([f"{PROJECT}/build_environment.sh"], cwd=REPOSITORY, check=True)
+
+
+def write_model(name: str, folder) -> str:
+    """A model folder: the two environments' embedded models start from other random weights."""
+    models.load_model(ModelConfig(name), seed=1).save_pretrained(folder)
+    models.load_tokenizer(ModelConfig(name)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return write_model("tiny:opt", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base):
+    """The run that the others must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    output = run(PROJECT, *RUN, f"model.name={base}", f"output_dir={folder}")
+    assert "Traceback" not in output and output.count("Step 0: held-out loss") == 1
+    return folder
+
+
+def held_out(folder) -> list[float]:
+    return [record["eval_loss"] for record in metrics(folder) if "eval_loss" in record]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_ddp_does(undisturbed, base, tmp_path):
+    """With warm-up, cosine schedule, weight decay, clipping, prompts masked, several epochs."""
+    run("pytorch-ddp", *RUN, f"model.name={base}", f"output_dir={tmp_path}", processes=1)
+    assert len(losses(undisturbed)) == 30
+    ours, theirs = losses(undisturbed), losses(tmp_path)
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=1e-5)
+    # OPT's key biases have no gradient but rounding errors, of which Adam makes whole steps.
+    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-3)
+    assert held_out(undisturbed) == pytest.approx(held_out(tmp_path), rel=1e-6)
+    for name in ("epoch", "learning_rate", "tokens"):
+        ours, theirs = ([r[name] for r in metrics(folder) if "loss" in r] for folder in (undisturbed, tmp_path))
+        assert ours == pytest.approx(theirs, rel=1e-12), name
+
+
+@pytest.mark.slow
+def test_one_process_trains_as_ddp_does(tmp_path):
+    base = write_model("tiny:llama", tmp_path / "base")
+    settings = [*SMOKE, "train.max_steps=20", "train.learning_rate=1e-3", "train.lr_schedule=constant"]
+    settings += ["train.warmup_steps=0", f"model.name={base}", "train.activation_checkpointing=true"]
+    run(PROJECT, *settings, f"output_dir={tmp_path}/foundry", processes=1)
+    run("pytorch-ddp", *settings, f"output_dir={tmp_path}/ddp", processes=1)
+    assert len(losses(tmp_path / "foundry")) == 20
+    assert_close(losses(tmp_path / "foundry"), losses(tmp_path / "ddp"), 1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses(undisturbed, base, tmp_path):
+    settings = [*RUN, f"model.name={base}", f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, 18)
+    kill_all(process)
+    output = run(PROJECT, *settings)
+    assert "Going on from the checkpoint of step" in output
+    assert curve(tmp_path) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_and_a_damaged_checkpoint_is_passed_over(undisturbed, base, tmp_path):
+    settings = [*RUN, f"model.name={base}", f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings)
+    wait_for_step(process, tmp_path, 12)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 12 <= summary["steps"] < 30, output
+    assert "Traceback" not in output and process.returncode == 128 + signal.SIGTERM
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert len(found) == 2 and found[-1] == f"step-{summary['steps']:08d}"
+    assert not (tmp_path / "model").exists()
+
+    (shard,) = (tmp_path / "checkpoints" / found[-1]).rglob("__1_0.distcp")  # each rank wrote its own
+    shard.write_bytes(shard.read_bytes()[:-100])
+    output = run(PROJECT, *settings)
+    assert f"{found[-1]} is damaged" in output
+    assert f"Going on from the checkpoint of step {int(found[0].removeprefix('step-'))}" in output
+    assert curve(tmp_path) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_the_export_is_the_trained_model_and_a_finished_run_says_so(undisturbed, base, tmp_path):
+    """Read by this environment's transformers: the loss of the export is that which the sharded model had."""
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["project"] == PROJECT and summary["steps"] == 30
+    assert json.loads((undisturbed / "environment.json").read_text())["versions"]["llm-foundry"] == "0.22.0"
+    assert (undisturbed / "plots/loss.png").exists() and not (undisturbed / "foundry/cache").exists()
+    written = json.loads((undisturbed / "model/config.json").read_text())
+    assert written["architectures"] == ["OPTForCausalLM"] and str(base) not in json.dumps(written)
+    done = subprocess.run(
+        [sys.executable, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RUN, f"model.name={base}",
+         f"output_dir={undisturbed}", "eval.samples=0", "eval.generate_rows=0"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((undisturbed / "eval.json").read_text())
+    assert figures["base"]["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-6)
+    assert figures["fine_tuned"]["loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-6)
+
+    # The same logits as the weights in the checkpoint, which are read without Composer and FSDP.
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (shards,) = (tmp_path / "run/checkpoints/step-00000030/composer").iterdir()
+    script = (
+        "import sys; from torch.distributed.checkpoint.format_utils import dcp_to_torch_save; "
+        "dcp_to_torch_save(*sys.argv[1:])"
+    )
+    python = REPOSITORY / ".venv-foundry/bin/python"
+    subprocess.run([python, "-c", script, str(shards), str(tmp_path / "whole.pt")], check=True, capture_output=True)
+    state = torch.load(tmp_path / "whole.pt", weights_only=False)["state"]["model"]
+    trained = AutoModelForCausalLM.from_pretrained(base)
+    trained.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()(ids).logits
+        assert torch.equal(exported, trained.eval()(ids).logits)
+
+    before = curve(tmp_path / "run")
+    output = run(PROJECT, *RUN, f"model.name={base}", f"output_dir={tmp_path}/run")
+    assert "This run is complete: step 30 of 30" in output and curve(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_packed_rows_wandb_and_the_time_limit(tmp_path):
+    settings = ["data.eval_rows=16", "train.max_steps=6", "train.warmup_steps=0", "eval.every=0"]
+    settings += ["foundry.packing_ratio=1.5", "train.activation_checkpointing=true", f"output_dir={tmp_path}/run"]
+    output = run(PROJECT, *settings)
+    assert "wandb sync" in output
+    steps = [record for record in metrics(tmp_path / "run") if "loss" in record]
+    assert len(steps) == 6 and steps[-1]["loss"] < steps[0]["loss"]
+    # 24 rows in 16 sequences, in each step; what does not fit in a step goes into one of the next.
+    lines = (tmp_path / "run/foundry/train.jsonl").read_text().splitlines()
+    assert len(lines) == 6 * 24
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    records = read_wandb(file)
+    assert [history(records)[step]["loss"] for step in range(1, 7)] == [record["loss"] for record in steps]
+    assert config(records)["foundry.packing_ratio"] == 1.5
+
+    more = [*settings, "train.max_steps=500", "runtime.max_hours=0.0001", "tracking.backend=none"]
+    output = run(PROJECT, *more)
+    assert "Going on from the checkpoint of step 6" in output and "runtime.max_hours=0.0001 is over" in output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["steps"] == 7
+
+
+def test_the_file_has_the_rows_of_each_step_in_order(tmp_path):
+    """Foundry's sampler deals rows r, r + 2 ... to rank r of two: those that it has in the other projects."""
+    with project_modules(PROJECT, "settings", "prepare_data") as modules:
+        cfg = load_config(modules["settings"].Config, REPOSITORY / PROJECT / "smoke.yaml", ["data.train_rows=100"])
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, max_steps=9))
+        tokenizer = models.load_tokenizer(cfg.model)
+        prepared = modules["prepare_data"].prepare(cfg, tokenizer, tmp_path, world_size=2)
+    lines = [json.loads(line) for line in prepared.train_file.read_text().splitlines()]
+    training, _ = data.load_rows(cfg.data, cfg.seed)
+    rows = data.tokenize(training, cfg.data, tokenizer)
+    assert prepared.total_steps == 9 and prepared.steps_per_epoch == 6 and len(lines) == prepared.rows == 9 * 16
+    for rank in range(2):
+        expected = [i for step in data.StepSampler(rows, cfg, rank, 2) for i in step]
+        ours = lines[rank::2]
+        assert [line["response"] for line in ours] == [training[i]["response"] for i in expected]
+        assert all(line["prompt"] == training[i]["prompt"] + "\n" for line, i in zip(ours, expected, strict=True))
+    held_out = [json.loads(line)["prompt"] for line in prepared.eval_file.read_text().splitlines()]
+    assert len(held_out) == prepared.eval_rows == 200 and not {line["prompt"] for line in lines} & set(held_out)
+
+
+def test_rows_that_foundry_would_drop_are_left_out_before(tmp_path):
+    rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(60)]
+    rows += [{"prompt": "nothing follows", "response": ""}, {"prompt": "long " * 500, "response": "no room"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with project_modules(PROJECT, "settings", "prepare_data") as modules:
+        settings = [f"data.name={file}", "data.eval_rows=5", "train.global_batch_size=1", "train.max_steps=57"]
+        cfg = load_config(modules["settings"].Config, REPOSITORY / PROJECT / "smoke.yaml", settings)
+        prepared = modules["prepare_data"].prepare(cfg, models.load_tokenizer(cfg.model), tmp_path, world_size=1)
+    lines = (prepared.train_file.read_text() + prepared.eval_file.read_text()).splitlines()
+    assert prepared.rows + prepared.eval_rows == len(lines) >= 57
+    assert all(json.loads(line)["response"].startswith("answer") for line in lines)
+
+
+# Started in LLM Foundry's environment: each mistake in turn, since importing it takes ten seconds.
+MISTAKES = """
+import json, sys
+sys.path[:0] = [sys.argv[1]]
+import train
+from common.config import parse_config
+from common.errors import UserError
+for name, settings in json.loads(sys.argv[2]).items():
+    try:
+        train.train(parse_config(train.Config, train.__file__, ["--config", "smoke.yaml", *settings]))
+        print(json.dumps([name, "no error"]))
+    except UserError as error:
+        print("\\n" + json.dumps([name, str(error)]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_that_names_it(tmp_path):
+    ours = (REPOSITORY / PROJECT / "foundry.yaml").read_text()
+    files = {
+        "misspelt": ours.replace("max_duration:", "max_durations:"),
+        "interpolation": ours.replace("variables.train.learning_rate", "variables.train.learning"),
+        "owned": ours.replace("lr: ${variables.train.learning_rate}", "lr: 3.0e-4"),
+        "option": ours.replace("eps: 1.0e-08", "epsilon: 1.0e-08"),
+        "optimizer": ours.replace("name: decoupled_adamw", "name: adam"),
+        "yaml": "model: {",
+        "callback": ours.replace("  run_folder: {}", "  lr_monitor: {}"),
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    mistakes = {
+        "misspelt key": (["foundry.packing_rato=2"], ["foundry.packing_rato", "foundry.packing_ratio"]),
+        "wrong type": (["foundry.packing_ratio=much"], ["foundry.packing_ratio", "much"]),
+        "too small": (["foundry.packing_ratio=0.5"], ["foundry.packing_ratio=0.5"]),
+        "format": (["data.format=text"], ["data.format=text", "prompt-response", "pytorch-fsdp"]),
+        "packing": (["data.packing=wrapped"], ["data.packing=wrapped", "foundry.packing_ratio"]),
+        "precision": (["train.precision=bf16"], ["train.precision=bf16", "auto"]),
+        "compile": (["train.compile=true"], ["train.compile=true", "false"]),
+        "global batch": (["train.global_batch_size=18"], ["train.global_batch_size=18", "16 or 20"]),
+        "missing column": (["data.prompt_column=question"], ["data.prompt_column=question", "prompt, response"]),
+        "no data file": ([f"data.name={tmp_path}/none.jsonl"], ["none.jsonl", "no such file"]),
+        "no model": (["model.name=./nowhere"], ["model.name", "nowhere"]),
+        "no checkpoint": (["checkpoint.resume=runs/nowhere"], ["checkpoint.resume=runs/nowhere"]),
+        "output folder": (["output_dir=/proc/nowhere"], ["output_dir=/proc/nowhere"]),
+        "no foundry file": (["foundry.file=none.yaml"], ["foundry.file=none.yaml", "no such file"]),
+        "foundry misspelt": (
+            [f"foundry.file={tmp_path}/misspelt.yaml"],
+            ["max_durations", "did you mean max_duration"],
+        ),
+        "foundry interpolation": (
+            [f"foundry.file={tmp_path}/interpolation.yaml"],
+            ["interpolation.yaml", "optimizer.lr"],
+        ),
+        "foundry owned": (
+            [f"foundry.file={tmp_path}/owned.yaml"],
+            ["optimizer.lr", "${variables.train.learning_rate}"],
+        ),
+        "foundry option": ([f"foundry.file={tmp_path}/option.yaml"], ["option.yaml", "epsilon"]),
+        "foundry optimizer": ([f"foundry.file={tmp_path}/optimizer.yaml"], ["optimizer.yaml", "adam"]),
+        "foundry yaml": ([f"foundry.file={tmp_path}/yaml.yaml"], ["yaml.yaml:"]),
+        "foundry callback": ([f"foundry.file={tmp_path}/callback.yaml"], ["callbacks.run_folder is missing"]),
+    }
+    common = [*SMOKE, "train.max_steps=1", "data.train_rows=50", f"output_dir={tmp_path}/run"]
+    done = subprocess.run(
+        [REPOSITORY / ".venv-foundry/bin/python", "-c", MISTAKES, str(REPOSITORY / PROJECT),
+         json.dumps({name: [*common, *settings] for name, (settings, _) in mistakes.items()})],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    told = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert told.keys() == mistakes.keys(), done.stdout + done.stderr
+    wrong = {name: line for name, line in told.items() if "\n" in line or any(w not in line for w in mistakes[name][1])}
+    assert not wrong
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_report_a_mistake_once(tmp_path):
+    # Only rank 0 looks at the data: the other rank meets it as a lost connection, and must not report that.
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", "data.prompt_column=question", exit_code=2)
+    assert "data.prompt_column=question" in error_line(output)
+    assert output.count("question") == 1
+
+
+def a_repository(folder, requirements: str):
+    """build_environment.sh where it builds another, small environment."""
+    (folder / PROJECT).mkdir(parents=True)
+    shutil.copy(REPOSITORY / PROJECT / "build_environment.sh", folder / PROJECT)
+    (folder / PROJECT / "requirements.txt").write_text(requirements)
+    return subprocess.Popen, {
+        "args": [folder / PROJECT / "build_environment.sh"],
+        "env": environment(PIP_NO_INDEX="1"),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+
+
+@pytest.mark.slow
+def test_an_environment_that_cannot_be_built_is_told_with_pips_line(tmp_path):
+    build, options = a_repository(tmp_path, "pip\nno-such-framework==0.22.0\n")
+    process = build(**options)
+    line = error_line(process.communicate(timeout=300)[0])
+    assert process.returncode == 2
+    assert "No matching distribution found for no-such-framework==0.22.0" in line and "build.log" in line
+    assert not (tmp_path / ".venv-foundry/ready").exists()
+
+
+@pytest.mark.slow
+def test_two_starts_build_the_environment_once(tmp_path):
+    build, options = a_repository(tmp_path, "pip\n")
+    first = build(**options)
+    lock = tmp_path / ".venv-foundry/build.log"
+    deadline = time.monotonic() + 120
+    while not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = build(**options)
+    outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert "Building .venv-foundry" in outputs[0] and "Building" not in outputs[1]
+    assert (tmp_path / ".venv-foundry/ready").exists()
+    third = build(**options)
+    assert third.communicate(timeout=60)[0] == "" and third.returncode == 0
+    (tmp_path / PROJECT / "requirements.txt").write_text("pip\nno-such-framework\n")  # newer than the stamp: update
+    fourth = build(**options)
+    fourth.communicate(timeout=300)
+    assert fourth.returncode == 2
