@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +72,8 @@ def _join(address: str, options: dict) -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address, and "
-                f"without RAY_ADDRESS a cluster of this machine is started"
+                f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address. "
+                f"Without RAY_ADDRESS, a cluster of this machine is started"
             ) from None
     try:
         # The workers on other machines get this checkout's code, whatever is installed there.

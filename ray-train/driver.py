@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +66,15 @@ class Failures(ray.train.UserCallback):
         self.count += 1
         if self.count > self.max_failures:
             return
-        rank, error = min(worker_exceptions.items())
-        for rank, error in worker_exceptions.items():
-            if isinstance(error, ray.exceptions.RayActorError):
-                break  # this one died; the others failed because of it
-        reason = str(error).strip().splitlines()
+        # One that died comes first: the others failed because of it.
+        died = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
+        rank = min(died or worker_exceptions)
+        lines = str(worker_exceptions[rank]).strip().splitlines()
+        what = "died" if died else f"failed: {lines[-1]}"
         with output_to(self.console):
             sys.stdout.write(
-                f"\nwarning: the worker of rank {rank} failed: {reason[0 if 'died' in reason[0] else -1]} Ray starts "
-                f"the workers again ({self.count} of ray.max_failures={self.max_failures})\n"
+                f"\nwarning: the worker of rank {rank} {what}. Ray starts all workers again "
+                f"({self.count} of ray.max_failures={self.max_failures} times)\n"
             )
 
 

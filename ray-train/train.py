@@ -166,7 +166,15 @@ def report(folder: Path) -> None:
     if str(folder) not in known:  # a step that was made again after a failure has its old place
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         mode = ray.train.CheckpointUploadMode.NO_UPLOAD
-        ray.train.report({"step": folder.name}, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+        ray.train.report({}, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+
+
+def report_earlier(checkpoints: Path, first_step: int) -> None:
+    """Tell Ray of the checkpoints that an earlier start left, so that it counts them; every rank calls this."""
+    there = [sorted(f for f in checkpoints.glob("step-*") if int(f.name[5:]) <= first_step)]
+    dist.broadcast_object_list(there)
+    for folder in there[0]:
+        report(folder)
 
 
 @torch.no_grad()
@@ -184,7 +192,7 @@ def train_loop_per_worker(config: dict) -> None:
     """What runs in every worker. Ray sends this function and its argument there; it must need nothing else."""
     cfg, stop = config["cfg"], config["stop"]
     rank, world_size, device = setup_distributed(cfg)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO
     with output_to(config["console"] if rank == 0 else None):
         train(cfg, config["ds_config"], stop, config["keep"], rank, world_size, device)
 
@@ -216,6 +224,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         schedule = lr_schedule(cfg, zero.optimizer, total_steps, first_step)
         shapes = models.empty_model(cfg.model)  # between steps, the engine's weights have no shape
         run.begin(shapes, device, dtype, first_step, total_steps, folder)
+        report_earlier(run.checkpoints, first_step)
         if first_step == 0:
             run.log_evaluation(0, evaluate(engine, held_out, device))
 
@@ -287,7 +296,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # NOTE: as a module, which the workers can import by its name. What a script defines, Ray would have to send as code.
+    # NOTE: as a module, which the workers import by its name. What a script defines, Ray would have to send as code.
     from train import main
 
     errors.run(main)
