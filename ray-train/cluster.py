@@ -29,10 +29,9 @@ SETTINGS = {
 
 
 @contextlib.contextmanager
-def ray_cluster(workers: int) -> Iterator[dict[str, float]]:
+def ray_cluster() -> Iterator[dict[str, float]]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives the resources.
 
-    A cluster that is started has `workers` CPUs if the machine has fewer and `workers` is not more than two.
     Raises `UserError` where no cluster answers at RAY_ADDRESS.
     """
     for name, value in SETTINGS.items():
@@ -49,7 +48,7 @@ def ray_cluster(workers: int) -> Iterator[dict[str, float]]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             address="local",
-            num_cpus=max(2, cores),
+            num_cpus=max(2, cores),  # two workers run on one core as well
             num_gpus=torch.cuda.device_count(),
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(folder),
@@ -81,7 +80,10 @@ def _join(address: str, options: dict) -> None:
         modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
         ray.init(address=address, runtime_env={"py_modules": modules}, **options)
     except Exception as error:  # whatever Ray's client makes of a port that something else listens at
-        raise UserError(f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}. If `ray start` spoke of "
+            f"token authentication, set RAY_AUTH_MODE=token, and on another machine copy ~/.ray/auth_token to it"
+        ) from None
 
 
 def place(workers: int, resources: dict[str, float]) -> tuple[int, bool]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import sys
 import time
@@ -204,7 +205,9 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         cfg.checkpoint.resume = "auto"
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
-    environment = runtime.describe_environment(world_size, reason)
+    environment = runtime.describe_environment(world_size, reason) | {"nodes": [""] * world_size}
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    dist.all_gather_object(environment["nodes"], f"{platform.node()} {node[:8]}".strip())
     with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
@@ -270,7 +273,7 @@ def main() -> int:
         scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
         TorchTrainer(train_loop_per_worker, train_loop_config=config, scaling_config=scaling).fit()
         return 0
-    with ray_cluster(cfg.ray.workers) as resources:
+    with ray_cluster() as resources:
         workers, use_gpu = place(cfg.ray.workers, resources)
         accumulation_steps(cfg, workers)  # refuses a global batch that cannot be split
         check_can_push(cfg)
