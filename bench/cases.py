@@ -36,7 +36,7 @@ class Case:
     as_t4: bool = False  # with a T4's attention kernels only
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
-    launcher: str = "torchrun"  # or deepspeed
+    launcher: str = "torchrun"  # or deepspeed; ray: the script itself starts the processes
     through: str = ""  # a program that runs train.py and looks on; its figures are JSON files in the run folder
 
 
@@ -46,12 +46,17 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
         script.append(f"{case.project or project}/train.py")
         settings = [*common_settings, *case.settings]
-        if case.launcher == "torchrun":
+        if case.launcher == "ray":
+            launcher, count = None, "ray.workers"
+        elif case.launcher == "torchrun":
             launcher, count = ["common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
         else:
             launcher, count = ["common.deepspeed_launcher"], "--num_accelerators"
-        arguments = [*launcher, str(case.gpus), *script, *settings]
-        command = [sys.executable, "-m", *arguments, f"output_dir={folder}/run"]
+        if launcher:
+            arguments = ["-m", *launcher, str(case.gpus), *script, *settings]
+        else:
+            arguments = [*script, *settings, f"{count}={case.gpus}"]
+        command = [sys.executable, *arguments, f"output_dir={folder}/run"]
         done = subprocess.run(
             command,
             cwd=REPOSITORY,
