@@ -116,8 +116,18 @@ def fit(trainer, cfg: BaseConfig, stop: StopFile, console: Path) -> str:
                 print("\nStopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
         _repeat(lines)
     if error := ended[0]:
-        raise find_user_error(error) or error
+        raise find_user_error(error) or _not_placed(error) or error
     return request.signal_name
+
+
+def _not_placed(error: BaseException) -> UserError | None:
+    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+        return None
+    seconds = os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
+    return UserError(
+        f"the cluster has not placed all workers within {seconds} seconds: another job holds its GPUs or CPUs. Set "
+        f"ray.workers lower, or wait for that job (`ray status` shows what is free)"
+    )
 
 
 def _repeat(lines) -> None:

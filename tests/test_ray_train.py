@@ -159,7 +159,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbed, tmp_path):
     process = start(PROJECT, *RESUME, f"output_dir={tmp_path}", **RAY)
-    wait_for_step(process, tmp_path, 14)
+    wait_for_step(process, tmp_path, 14, seconds=280)
     workers = workers_of(process)
     assert len(workers) == 2
     workers[1].kill()
@@ -174,7 +174,7 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
     process = start(PROJECT, *settings, **RAY)
-    wait_for_step(process, tmp_path, 14)
+    wait_for_step(process, tmp_path, 14, seconds=280)
     kill_all(process)
     output = fit(*settings)
     assert "Going on from the checkpoint of step 12" in output
@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 def test_a_stopped_run_saves_leaves_no_process_and_goes_on_with_one_worker(undisturbed, tmp_path):
     settings = [*RESUME, "train.max_steps=2000", "checkpoint.every=0", f"output_dir={tmp_path}"]
     process = start(PROJECT, *settings, **RAY)
-    wait_for_step(process, tmp_path, 3)
+    wait_for_step(process, tmp_path, 3, seconds=280)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]

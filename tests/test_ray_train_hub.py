@@ -27,7 +27,7 @@ def test_the_shipped_configuration_downloads_trains_and_uploads(hub, tmp_path):
         PROJECT, "train.max_steps=3", "hub.repo_id=writer/bloomz", f"output_dir={folder}", config="config.yaml",
         **variables,
     )  # fmt: skip
-    wait_for_step(process, folder, 1)
+    wait_for_step(process, folder, 1, seconds=280)
     # Ray's own folder: its logs, its sockets, what it was told of the job. It is gone at the end.
     (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
     argument = next(a for a in raylet.cmdline() if a.startswith("--raylet_socket_name="))
