@@ -47,15 +47,17 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         script.append(f"{case.project or project}/train.py")
         settings = [*common_settings, *case.settings]
         if case.launcher == "ray":
-            launcher, count = None, "ray.workers"
+            launcher, shown = None, ["python", *script, f"ray.workers={case.gpus}"]
         elif case.launcher == "torchrun":
-            launcher, count = ["common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
+            launcher = ["common.torchrun", "--standalone", "--nproc_per_node"]
+            shown = ["torchrun", "--nproc_per_node", str(case.gpus), *script]
         else:
-            launcher, count = ["common.deepspeed_launcher"], "--num_accelerators"
+            launcher = ["common.deepspeed_launcher"]
+            shown = ["deepspeed", "--num_accelerators", str(case.gpus), *script]
         if launcher:
             arguments = ["-m", *launcher, str(case.gpus), *script, *settings]
         else:
-            arguments = [*script, *settings, f"{count}={case.gpus}"]
+            arguments = [*script, *settings, f"ray.workers={case.gpus}"]
         command = [sys.executable, *arguments, f"output_dir={folder}/run"]
         done = subprocess.run(
             command,
@@ -81,7 +83,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         "label": case.label,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
-            [*(f"{k}={v}" for k, v in case.variables.items()), case.launcher, count, str(case.gpus), *script]
+            [*(f"{k}={v}" for k, v in case.variables.items()), *shown]
             + [re.sub(r"=/.*/", "=", setting) for setting in settings]
         ),
         "settings": dict(s.split("=", 1) for s in case.settings),
