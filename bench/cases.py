@@ -36,8 +36,23 @@ class Case:
     as_t4: bool = False  # with a T4's attention kernels only
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
-    launcher: str = "torchrun"  # or deepspeed, composer
+    launcher: str = "torchrun"  # or another of start_command's
     through: str = ""  # a program that runs train.py and looks on; its figures are JSON files in the run folder
+
+
+def start_command(case: Case) -> tuple[list[str], list[str]]:
+    """What starts the case's script, and what a user would type for it."""
+    python, count = [sys.executable], str(case.gpus)
+    foundry = str(REPOSITORY / ".venv-foundry/bin/python")  # LLM Foundry's environment is its own
+    return {
+        "torchrun": (
+            [*python, "-m", "common.torchrun", "--standalone", "--nproc_per_node", count],
+            ["torchrun", "--nproc_per_node", count],
+        ),
+        "deepspeed": ([*python, "-m", "common.deepspeed_launcher", count], ["deepspeed", "--num_accelerators", count]),
+        "composer": ([foundry, "llm-foundry-finetune/composer_launcher.py", "-n", count], ["composer", "-n", count]),
+        "python": (python, ["python"]),  # which starts processes by itself
+    }[case.launcher]
 
 
 def run_case(project: str, name: str, case: Case, common_settings: list[str]) -> dict:
@@ -46,16 +61,8 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
         script.append(f"{case.project or project}/train.py")
         settings = [*common_settings, *case.settings]
-        python = sys.executable
-        if case.launcher == "torchrun":
-            launcher, count = ["-m", "common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
-        elif case.launcher == "composer":  # LLM Foundry's environment is its own
-            python = str(REPOSITORY / ".venv-foundry/bin/python")
-            launcher, count = ["llm-foundry-finetune/composer_launcher.py", "-n"], "-n"
-        else:
-            launcher, count = ["-m", "common.deepspeed_launcher"], "--num_accelerators"
-        arguments = [*launcher, str(case.gpus), *script, *settings]
-        command = [python, *arguments, f"output_dir={folder}/run"]
+        start, shown = start_command(case)
+        command = [*start, *script, *settings, f"output_dir={folder}/run"]
         done = subprocess.run(
             command,
             cwd=REPOSITORY,
@@ -80,7 +87,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         "label": case.label,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
-            [*(f"{k}={v}" for k, v in case.variables.items()), case.launcher, count, str(case.gpus), *script]
+            [*(f"{k}={v}" for k, v in case.variables.items()), *shown, *script]
             + [re.sub(r"=/.*/", "=", setting) for setting in settings]
         ),
         "settings": dict(s.split("=", 1) for s in case.settings),

@@ -33,6 +33,10 @@ SHAPES = {
         "hidden_act": "silu", "max_position_embeddings": 131072, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
+    "bigscience/bloomz-1b1": {
+        "model_type": "bloom", "vocab_size": 250880, "hidden_size": 1536, "n_layer": 24, "n_head": 16,
+        "layer_norm_epsilon": 1e-5, "apply_residual_connection_post_layernorm": False,
+    },
 }  # fmt: skip
 VOCABULARY = 32000  # ids above it are never drawn; the head computes all of the model's vocabulary all the same
 

@@ -23,7 +23,7 @@ elif [[ -x $repository/.venv/bin/python || (-n $missing && -z ${VIRTUAL_ENV:-}${
     make --silent -C "$repository" .venv/ready
     PATH=$repository/.venv/bin:$PATH
 elif [[ -n $missing ]]; then
-    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp,deepspeed]\"' in it, or" \
+    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp,deepspeed,ray]\"' in it, or" \
         "deactivate it: the repository's own .venv is then built and used" >&2
     exit 2
 fi

@@ -218,9 +218,10 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: matrices decay, vectors (norms and biases) do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    dimensions = [len(getattr(p, "ds_shape", p.shape)) for p in parameters]  # ZeRO-3 leaves an empty row, and ds_shape
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, n in zip(parameters, dimensions, strict=True) if n >= 2], "weight_decay": weight_decay},
+        {"params": [p for p, n in zip(parameters, dimensions, strict=True) if n < 2], "weight_decay": 0.0},
     ]
 
 

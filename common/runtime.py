@@ -54,6 +54,8 @@ def check_process_count() -> None:
 
 def launcher_pid() -> int:
     """The first process of the run on this machine, whose tree takes the host memory: its launcher, or this process."""
+    if "RAY_RAYLET_PID" in os.environ:  # a worker of Ray's: all workers of a machine are below its raylet
+        return int(os.environ["RAY_RAYLET_PID"])
     if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher is a chain of two
         return psutil.Process(os.getppid()).ppid()
     launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.keys() >= {"NODE_RANK", "MASTER_PORT"}  # Composer's

@@ -121,9 +121,9 @@ def losses(run_dir: Path) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in metrics(run_dir) if "loss" in record]
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 120) -> None:
     """Return as soon as the run has logged `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     path = run_dir / "metrics.jsonl"
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]

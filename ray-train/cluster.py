@@ -1,0 +1,102 @@
+"""The Ray cluster of a run: started on this machine, or one that is there already; left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import torch
+
+from common.config import REPOSITORY
+from common.errors import UserError
+
+OBJECT_STORE_BYTES = 100 * 2**20  # Ray's default is 30% of the memory; tensors never pass through Ray here
+CONNECT_SECONDS = 20
+SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where paths such as data.name=my.jsonl were meant
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each line of a worker once
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a controller without GPUs: no warning
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "45",  # GPUs that another job holds: an error, not an endless wait
+}
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[dict[str, float]]:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives the resources.
+
+    Raises `UserError` where no cluster answers at RAY_ADDRESS.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS", "")
+    options = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address and address != "local":
+        _join(address, options)
+        folder = None
+    else:
+        # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has at
+        # most 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ray.init(
+            address="local",
+            num_cpus=max(2, cores),  # two workers run on one core as well
+            num_gpus=torch.cuda.device_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(folder),
+            **options,
+        )
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str, options: dict) -> None:
+    if address.startswith("ray://"):
+        raise UserError(f"RAY_ADDRESS={address}: start train.py on a machine of the cluster, with its HOST:6379")
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address. "
+                f"Without RAY_ADDRESS, a cluster of this machine is started"
+            ) from None
+    try:
+        # The workers on other machines get this checkout's code, whatever is installed there.
+        folder = Path(__file__).parent
+        modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
+        ray.init(address=address, runtime_env={"py_modules": modules}, **options)
+    except Exception as error:  # whatever Ray's client makes of a port that something else listens at
+        raise UserError(
+            f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}. If `ray start` spoke of "
+            f"token authentication, set RAY_AUTH_MODE=token, and on another machine copy ~/.ray/auth_token to it"
+        ) from None
+
+
+def place(workers: int, resources: dict[str, float]) -> tuple[int, bool]:
+    """How many workers to start, and whether each has a GPU: `ray.workers`, or one a GPU, or two without GPUs.
+
+    Raises `UserError` if the cluster cannot place so many.
+    """
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    there, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
+    workers = workers or gpus or 2
+    if workers > there:
+        raise UserError(
+            f"ray.workers={workers}: the cluster has {there} {kind}{'' if there == 1 else 's'}, and each worker takes "
+            f"one: set ray.workers={max(there, 1)} or less, or add machines with `ray start`"
+        )
+    return workers, gpus > 0

@@ -1,0 +1,160 @@
+"""The driver's side of a run: it waits for the workers, shows what they print, and tells them to stop.
+
+Driver and workers are processes on different machines, maybe. What they share is the run folder: rank 0 writes what it
+prints into `console.log`, which the driver repeats, progress bar included; the driver asks for a stop by the file
+`.stop`, which rank 0 looks for after every step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray.train
+
+from common.config import BaseConfig
+from common.errors import UserError
+from common.runtime import StopRequest
+
+LOOK_SECONDS = 0.2
+
+
+@dataclass
+class StopFile:
+    """What a `StopRequest` is to a process of its own: `reason` is None until the driver wants the run to stop."""
+
+    path: Path
+
+    @property
+    def reason(self) -> str | None:
+        return self.path.read_text(encoding="utf-8") if self.path.exists() else None
+
+    def ask(self, reason: str) -> None:
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(reason, encoding="utf-8")
+        partial.rename(self.path)
+
+
+@contextlib.contextmanager
+def output_to(console: Path | None) -> Iterator[None]:
+    """Send what this process prints to the end of `console`; None: leave it as it is."""
+    if console is None:
+        yield
+        return
+    with (
+        console.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+class Failures(ray.train.UserCallback):
+    """In Ray's controller: a worker's mistake of the user's ends the run, anything else is told and left to Ray."""
+
+    def __init__(self, console: Path, max_failures: int):
+        self.console, self.max_failures, self.count = console, max_failures, 0
+
+    def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
+        if mistake := find_user_error(*worker_exceptions.values()):
+            raise mistake  # an error of the controller, which Ray does not try again
+        self.count += 1
+        if self.count > self.max_failures:
+            return
+        # One that died comes first: the others failed because of it.
+        died = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
+        rank = min(died or worker_exceptions)
+        lines = str(worker_exceptions[rank]).strip().splitlines()
+        what = "died" if died else f"failed: {lines[-1]}"
+        with output_to(self.console):
+            sys.stdout.write(
+                f"\nwarning: the worker of rank {rank} {what}. Ray starts all workers again "
+                f"({self.count} of ray.max_failures={self.max_failures} times)\n"
+            )
+
+
+def find_user_error(*errors: BaseException) -> UserError | None:
+    """The mistake of the user's inside of what Ray wraps around it."""
+    for error in errors:
+        while error is not None:
+            if isinstance(error, UserError):
+                return error
+            inner = (getattr(error, name, None) for name in ("controller_failure", "_base_exc", "cause", "__cause__"))
+            error = next((e for e in inner if isinstance(e, BaseException)), None)
+    return None
+
+
+def fit(trainer, cfg: BaseConfig, stop: StopFile, console: Path) -> str:
+    """Run `trainer` to its end; the signal that stopped it, or an empty text.
+
+    Raises `UserError` for a worker's, and what Ray gives for any other failure.
+    """
+    request = StopRequest(cfg.runtime)
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    # In a thread: signals come to this one, and Ray's own way with Ctrl-C is to abort.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    with console.open("rb") as lines:
+        while thread.is_alive():
+            thread.join(LOOK_SECONDS)
+            _repeat(lines)
+            if request.reason and not stop.path.exists():
+                stop.ask(request.reason)
+                print("\nStopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
+        _repeat(lines)
+    if error := ended[0]:
+        raise find_user_error(error) or _not_placed(error) or error
+    return request.signal_name
+
+
+def _not_placed(error: BaseException) -> UserError | None:
+    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+        return None
+    seconds = os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]
+    return UserError(
+        f"the cluster has not placed all workers within {seconds} seconds: another job holds its GPUs or CPUs. Set "
+        f"ray.workers lower, or wait for that job (`ray status` shows what is free)"
+    )
+
+
+def _repeat(lines) -> None:
+    if new := lines.read():
+        sys.stdout.buffer.write(new)
+        sys.stdout.buffer.flush()
+
+
+def open_run_folder(cfg: BaseConfig) -> tuple[Path, StopFile]:
+    """The run folder's console and stop file, both new; raises `UserError` if the folder cannot be written."""
+    folder = Path(cfg.output_dir)
+    console, stop = folder / "console.log", folder / ".stop"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        console.write_bytes(b"")
+        stop.unlink(missing_ok=True)
+        # What an earlier start noted of its checkpoints. It may name some that are gone, which Ray takes for a damaged
+        # run; this start's workers tell it what is there.
+        (folder / "checkpoints/checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None
+    return console, StopFile(stop)
+
+
+def use_absolute_paths(cfg: BaseConfig) -> None:
+    """Workers may have another working directory than this process."""
+    cfg.output_dir = os.path.abspath(cfg.output_dir)
+    for section, name in ((cfg.model, "name"), (cfg.data, "name"), (cfg.checkpoint, "resume")):
+        if os.path.exists(getattr(section, name)):
+            setattr(section, name, os.path.abspath(getattr(section, name)))

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fine-tune with Ray Train and DeepSpeed ZeRO-3: a worker on each GPU of the cluster, or two on the CPU where there is none.
+#
+#   ray-train/launch.sh [--config FILE] [key=value ...]                    # Ray is started, and stopped at the end
+#   RAY_ADDRESS=10.0.0.1:6379 ray-train/launch.sh ...                      # in a cluster started with `ray start`
+#   NPROC_PER_NODE=1 ray-train/launch.sh ...                               # another number of workers: as ray.workers=1
+set -euo pipefail
+folder=$(cd "$(dirname "$0")" && pwd)
+also_needed="ray deepspeed"
+source "$folder/../common/environment.sh"
+exec python "$folder/train.py" "$@" ${NPROC_PER_NODE:+ray.workers=$NPROC_PER_NODE}

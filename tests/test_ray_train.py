@@ -1,0 +1,327 @@
+"""ray-train in real clusters of Ray on this machine: equality with pytorch-ddp, workers that die, resume, two nodes."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, refused
+from launching import (
+    EQUAL,
+    SMOKE,
+    assert_close,
+    curve,
+    environment,
+    error_line,
+    kill_all,
+    losses,
+    metrics,
+    project_modules,
+    run,
+    start,
+    wait_for_step,
+)
+from transformers import AutoModelForCausalLM
+from wandb_log import history, read_wandb
+
+from common import models
+from common.config import load_config
+
+PROJECT = "ray-train"
+# tiny:bloom's gradient norms are about a half: some steps clip, some do not.
+SAME = [*EQUAL, "model.name=tiny:bloom", "train.weight_decay=0.1", "train.max_grad_norm=0.5"]
+RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
+
+
+def fit(*settings: str, **options) -> str:
+    return run(PROJECT, *settings, **RAY, **options)
+
+
+def launcher_run(*settings: str, processes: int = 1) -> None:
+    """The loop under torchrun, without a cluster."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, f"{PROJECT}/train.py", "--config", "smoke.yaml", *settings],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with project_modules(PROJECT, "ds_settings", "cluster", "partitions", "driver", "train") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> list[tuple[float, float]]:
+    """Losses and gradient norms of pytorch-ddp: the same model, rows and seed."""
+    folder = tmp_path_factory.mktemp("ddp")
+    run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
+    norms = [norm for _, norm in losses(folder)]
+    assert min(norms) < 0.5 < max(norms)
+    return losses(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 16), (2, 2)])
+def test_losses_and_gradient_norms_are_those_of_ddp(ddp, tmp_path, workers, micro_batch):
+    """Prompt-masked rows: the ranks have unequal target counts (test_ddp.py). One micro-batch a step, and four."""
+    settings = [*SAME, f"train.micro_batch_size={micro_batch}", f"output_dir={tmp_path}"]
+    fit(*settings, *(["ray.workers=1"] if workers == 1 else []), processes=workers)
+    assert_close(losses(tmp_path), ddp, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "processes", "relative"),
+    [("train.activation_checkpointing=true", 2, 1e-4), ("train.precision=bf16", 1, 2e-2)],
+)
+def test_options_train_alike_also_without_a_cluster(ddp, tmp_path, setting, processes, relative):
+    launcher_run(*SAME, "train.max_steps=8", setting, f"output_dir={tmp_path}", processes=processes)
+    ours = [loss for loss, _ in losses(tmp_path)]
+    assert ours == pytest.approx([loss for loss, _ in ddp[:8]], rel=relative)
+    if relative > 1e-3:
+        assert ours != pytest.approx([loss for loss, _ in ddp[:8]], rel=1e-7), "the setting had no effect"
+
+
+# An epoch is 12 steps here: a run of 20 crosses into the second, in another order.
+RESUME = [
+    *SMOKE,
+    "data.train_rows=200",
+    "train.max_steps=20",
+    "train.learning_rate=1e-3",
+    "train.weight_decay=0.1",
+    "checkpoint.every=4",
+    "checkpoint.keep=2",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that the killed and stopped ones must equal; it also has a W&B run, offline."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = fit(*RESUME, "tracking.backend=wandb", f"output_dir={folder}")
+    assert len(losses(folder)) == 20
+    assert "20/20" in output and output.count("held-out loss    ") == 1  # the bar is shown, and each line once
+    return folder
+
+
+def checkpoints_of(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_every_ranks_parts_and_a_model_with_the_weights_of_the_masters(undisturbed, modules):
+    assert json.loads((undisturbed / "summary.json").read_text())["status"] == "completed"
+    (wandb_run,) = undisturbed.parent.rglob("*.wandb")
+    logged = history(read_wandb(wandb_run))
+    assert [logged[step]["loss"] for step in range(1, 21)] == [loss for loss, _ in losses(undisturbed)]
+
+    assert checkpoints_of(undisturbed) == ["step-00000016", "step-00000020"]
+    folder = undisturbed / "checkpoints/step-00000020"
+    assert {"parts-0.pt", "parts-1.pt", "rng-0.pt", "rng-1.pt"} <= {path.name for path in folder.iterdir()}
+    parts = [torch.load(folder / f"parts-{rank}.pt", weights_only=True)["masters"] for rank in range(2)]
+    cfg = load_config(modules["train"].Config, undisturbed / "config.yaml", [])
+    trained = models.load_model(cfg.model, cfg.seed)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            assert parts[0][name].numel() == parts[1][name].numel() < parameter.numel()  # no rank has the whole
+            flat = torch.cat([part[name] for part in parts])
+            parameter.copy_(flat[: parameter.numel()].view(parameter.shape))
+        ids = torch.arange(64).reshape(2, 32)
+        exported = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()
+        assert torch.equal(exported(ids).logits, trained.eval()(ids).logits)
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The running workers of the cluster that `process`, the driver, has started."""
+    found = []
+    for member in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(member.cmdline()):
+                found.append(member)
+    return found
+
+
+@pytest.mark.slow
+def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbed, tmp_path):
+    process = start(PROJECT, *RESUME, f"output_dir={tmp_path}", **RAY)
+    wait_for_step(process, tmp_path, 14, seconds=280)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    workers[1].kill()
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "warning: the worker of rank" in output and "Going on from the checkpoint of step 12" in output
+    assert curve(tmp_path) == curve(undisturbed)
+    assert checkpoints_of(tmp_path) == ["step-00000016", "step-00000020"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
+    settings = [*RESUME, f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings, **RAY)
+    wait_for_step(process, tmp_path, 14, seconds=280)
+    kill_all(process)
+    output = fit(*settings)
+    assert "Going on from the checkpoint of step 12" in output
+    assert curve(tmp_path) == curve(undisturbed)
+    assert checkpoints_of(tmp_path) == ["step-00000016", "step-00000020"]
+    assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_leaves_no_process_and_goes_on_with_one_worker(undisturbed, tmp_path):
+    settings = [*RESUME, "train.max_steps=2000", "checkpoint.every=0", f"output_dir={tmp_path}"]
+    process = start(PROJECT, *settings, **RAY)
+    wait_for_step(process, tmp_path, 3, seconds=280)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+    assert checkpoints_of(tmp_path) == [f"step-{steps:08d}"] and not (tmp_path / "model").exists()
+
+    # Another number of ranks, and the newest checkpoint is damaged by then.
+    launcher_run(*settings, f"train.max_steps={steps + 4}", "checkpoint.every=2", "checkpoint.keep=3")
+    newest = sorted((tmp_path / "checkpoints").glob("step-*"))[-1]
+    (newest / "parts-0.pt").write_bytes(b"torn")
+    launcher_run(*settings, f"train.max_steps={steps + 6}")
+    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, steps + 7))
+    together = min(steps, 20)  # the schedules differ, but in the warm-up
+    assert_close(losses(tmp_path)[:together], losses(undisturbed)[:together], 1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def two_nodes(tmp_path_factory):
+    """The variables of a cluster of two machines, one CPU each, started with `ray start` from elsewhere."""
+    home, port, variables = tmp_path_factory.mktemp("home"), free_port(), environment(**RAY)
+    variables.pop("PYTHONPATH")  # workers get `common` from Ray
+    temporary = f"/tmp/ray-test-{os.getpid()}"
+    parts = [
+        ["--head", f"--port={port}", f"--temp-dir={temporary}", f"--dashboard-port={free_port()}"],
+        [f"--address=127.0.0.1:{port}"],
+    ]
+    nodes = []
+    try:
+        for options in parts:
+            log = home / f"node-{len(nodes)}.log"
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *options]
+            with log.open("wb") as file:
+                command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
+                nodes.append(psutil.Popen(command, cwd=home, env=variables, stdout=file, stderr=file))
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in log.read_text():
+                assert nodes[-1].is_running() and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield RAY | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        family = [member for node in nodes for member in [*node.children(recursive=True), node]]
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        psutil.wait_procs(family, timeout=60)
+        subprocess.run(["rm", "-rf", temporary], check=True)
+
+
+@pytest.mark.slow
+def test_workers_spread_over_two_machines_of_a_cluster_that_is_there(two_nodes, ddp, tmp_path):
+    run(PROJECT, *SAME, "train.max_steps=4", f"output_dir={tmp_path}", **two_nodes)
+    assert_close(losses(tmp_path), ddp[:4], 1e-4)
+    nodes = json.loads((tmp_path / "environment.json").read_text())["nodes"]
+    assert len(nodes) == 2 == len(set(nodes)), nodes
+
+
+# Each with the words that the one line must hold: the key or file, and what to set.
+MISTAKES = {
+    "misspelt key": (["ray.worker=2"], {}, ["ray.worker", "ray.workers"]),
+    "more workers than there is room for": (["ray.workers=999"], {}, ["ray.workers=999", "CPU", "ray start"]),
+    "nobody at the address": ([], {"RAY_ADDRESS": "127.0.0.1:1"}, ["RAY_ADDRESS=127.0.0.1:1", "no cluster answers"]),
+    "missing column": (["data.prompt_column=question"], {}, ["data.prompt_column=question", "prompt, response"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_is_not_tried_again(tmp_path, mistake):
+    settings, variables, words = MISTAKES[mistake]
+    output = fit(*SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2, **variables)
+    line = error_line(output)
+    assert all(word in line for word in words), line
+    assert "starts all workers again" not in output and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_is_wrong_is_found_before_workers_start(modules, tmp_path):
+    place, driver = modules["cluster"].place, modules["driver"]
+    assert place(0, {"CPU": 8.0, "GPU": 4.0}) == (4, True) and place(0, {"CPU": 8.0}) == (2, False)
+    assert place(3, {"CPU": 1.0, "GPU": 3.0}) == (3, True)
+    with refused("ray.workers=5", "4 GPUs", "ray.workers=4"):
+        place(5, {"CPU": 64.0, "GPU": 4.0})
+    with refused("RAY_ADDRESS=ray://10.0.0.1:10001", "HOST:6379"):
+        modules["cluster"]._join("ray://10.0.0.1:10001", {})
+    cfg = modules["train"].Config(output_dir="/proc/nowhere")
+    with refused("output_dir=/proc/nowhere", "cannot be written"):
+        driver.open_run_folder(cfg)
+
+
+def test_a_mistake_is_found_inside_of_what_ray_wraps_around_it(modules):
+    import ray.train
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    from common.errors import UserError
+
+    find = modules["driver"].find_user_error
+    mistake = UserError("train.max_steps")
+    wrapped = UserExceptionWithTraceback(mistake, "text")
+    assert find(RuntimeError("x"), wrapped) is mistake
+    assert find(ray.train.ControllerError(ray.train.ControllerError(mistake))) is mistake
+    assert find(RuntimeError("x")) is None
+
+
+BAD_DS_CONFIGS = {
+    "global batch": ({"zero_optimization": {"stage": 3}, "train_batch_size": 32}, ["train.global_batch_size"]),
+    "optimizer": ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}, ["train.learning_rate"]),
+    "misspelt key": ({"zero_optimization": {"stage": 3, "sub_group": 1}}, ["sub_group", "sub_group_size"]),
+    "other stage": ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage is 2", "set it to 3"]),
+    "no stage": ({}, ["zero_optimization.stage is not set", "set it to 3"]),
+    "offload": ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["offload_param"]),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD_DS_CONFIGS)
+def test_a_wrong_ds_config_is_refused_with_the_key_and_what_to_set(modules, tmp_path, mistake):
+    settings, words = BAD_DS_CONFIGS[mistake]
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    with refused("ds.json", *words):
+        modules["ds_settings"].read_ds_config("ds.json", tmp_path)
+
+
+def test_the_shipped_files_are_accepted_and_completed_from_the_yaml(modules):
+    train, ds_settings = modules["train"], modules["ds_settings"]
+    cfg = load_config(train.Config, REPOSITORY / PROJECT / "config.yaml", [])
+    ds_config = ds_settings.read_ds_config(cfg.ray.ds_config, REPOSITORY / PROJECT)
+    settings = ds_settings.engine_settings(ds_config, cfg, torch.bfloat16, 8)
+    assert (settings["train_batch_size"], settings["gradient_clipping"]) == (16, 1.0)
+    assert settings["bf16"]["enabled"] and settings["data_types"] == {"grad_accum_dtype": "fp32"}
