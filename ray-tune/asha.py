@@ -77,6 +77,11 @@ class OrderedASHA(FIFOScheduler):
         if record.status or trial.is_finished():
             self._ended.add(record.number)
 
+    def choose_trial_to_run(self, tune_controller):
+        """In the order of their numbers, also after `Tuner.restore`, which has them in another."""
+        waiting = [trial for trial in tune_controller.get_trials() if trial.status == trial.PENDING]
+        return min(waiting, key=str, default=None)
+
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         if result.get("interrupted"):
             return TrialScheduler.NOOP  # it has saved and waits for its end

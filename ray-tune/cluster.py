@@ -57,6 +57,8 @@ def start(root: Path, slots: int) -> Iterator[None]:
     import ray
 
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    # No more trials than can run wait at Ray's door: of those, it takes any.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     note = root / "ray-folder"
     if note.is_file():  # of a search that was killed
