@@ -10,7 +10,7 @@ from trials import Record, Trials, ranking
 
 from common.report import COLOURS, LINE_STYLES, save_figure, style_axes
 
-LOG_FROM = 20  # values that differ by such a factor are drawn on a logarithmic axis
+LOG_FROM = 5  # values that differ by such a factor are drawn on a logarithmic axis
 
 
 def draw(records: list[Record], trials: Trials, folder: Path) -> None:
@@ -46,41 +46,25 @@ def _curves(records: list[Record], trials: Trials, path: Path) -> None:
 
 def _parameters(records: list[Record], path: Path) -> None:
     names = list(records[0].parameters)
+    reached = set.intersection(*(set(record.curve) for record in records))
     figure = Figure(figsize=(3.4 * len(names) + 0.6, 3.8), dpi=120, layout="constrained")
-    figure.suptitle("ray-tune: last held-out loss against each hyper-parameter", fontsize=12)
+    figure.suptitle("ray-tune: held-out loss against each hyper-parameter", fontsize=12)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    groups = [
+        (f"all, at step {max(reached)}", "X", COLOURS[1], [(r, r.curve[max(reached)]) for r in records])
+        if reached
+        else ("last", "X", COLOURS[1], [(r, r.last[1]) for r in records]),
+        ("at the full budget", "o", COLOURS[0], [(r, r.last[1]) for r in records if r.status == "completed"]),
+        ("best", "$\\bigcirc$", COLOURS[2], [(records[0], records[0].last[1])]),
+    ]
     for axes, name in zip(panels, names, strict=True):
-        style_axes(axes, "", "last held-out loss" if axes is panels[0] else "", x_label=name)
-        for status, mark, colour in (
-            ("completed", "o", COLOURS[0]),
-            ("stopped", "X", COLOURS[1]),
-            ("failed", "P", "#888888"),
-            ("", ".", "#888888"),
-        ):
-            points = [(r.parameters[name], r.last[1]) for r in records if r.status == status]
-            if points:
-                values = [str(x) if isinstance(x, str) else x for x, _ in points]
-                axes.plot(
-                    values,
-                    [y for _, y in points],
-                    mark,
-                    color=colour,
-                    markersize=9,
-                    markeredgecolor="white",
-                    label=status or "unfinished",
-                )
-        best = records[0]
-        axes.plot(
-            [best.parameters[name]],
-            [best.last[1]],
-            "o",
-            markersize=16,
-            markerfacecolor="none",
-            color=COLOURS[2],
-            label="best",
-        )
-        numbers = [r.parameters[name] for r in records if isinstance(r.parameters[name], int | float)]
-        if numbers and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FROM:
+        style_axes(axes, "", "held-out loss (nats a token)" if axes is panels[0] else "", x_label=name)
+        for label, mark, colour, points in groups:
+            values = [r.parameters[name] for r, _ in points]
+            size = 17 if label == "best" else 9
+            axes.plot(values, [loss for _, loss in points], mark, color=colour, markersize=size, label=label)
+        values = [r.parameters[name] for r in records]
+        if not isinstance(values[0], str) and min(values) > 0 and max(values) / min(values) >= LOG_FROM:
             axes.set_xscale("log")
     panels[-1].legend(fontsize=8)
     save_figure(figure, path)
