@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ def start(root: Path, slots: int) -> Iterator[None]:
     note = root / "ray-folder"
     if note.is_file():  # of a search that was killed
         shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     options = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     if "RAY_ADDRESS" in os.environ:
         ray.init(address=os.environ["RAY_ADDRESS"], **options)
@@ -72,6 +74,8 @@ def start(root: Path, slots: int) -> Iterator[None]:
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         note.write_text(folder, encoding="utf-8")
         ray.init(address="local", num_cpus=slots, include_dashboard=False, _temp_dir=folder, **options)
+    for number, handler in handlers.items():  # Ray puts its own in their place, which end this process at once
+        signal.signal(number, handler)
     try:
         yield
     finally:

@@ -133,7 +133,7 @@ def show(trials: Trials) -> None:
             record.status or "unfinished",
             record.last[0],
             record.last[1] if record.curve else "",
-            record.seconds,
+            round(record.seconds, 1),
         ]
         for record in ranking(records)
     ]
@@ -149,14 +149,11 @@ def show(trials: Trials) -> None:
             f"\nstopped early: {search['stopped']} of {search['trials']}; device seconds: "
             f"{search['device_seconds']:,.0f} spent, about {search['device_seconds_saved']:,.0f} of {total:,.0f} saved"
         )
-    print(f"\nin {root}:\n  trials  trials.csv  plots/search.png  plots/search_parameters.png")
+    made = ("trials", "trials.csv", "plots/search.png", "plots/search_parameters.png")
+    print(f"\nin {root}:\n  {'  '.join(name for name in made if (root / name).exists())}")
 
 
 def _short(value: Any) -> str:
-    return (
-        f"{value:.4g}"
-        if isinstance(value, float) and value < 1
-        else f"{value:,.4f}".rstrip("0").rstrip(".")
-        if isinstance(value, float)
-        else str(value)
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if value < 1 else f"{value:,.4f}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from trials import Record, Trials, ranking
 
 from common.report import COLOURS, LINE_STYLES, save_figure, style_axes
@@ -55,16 +56,19 @@ def _parameters(records: list[Record], path: Path) -> None:
         if reached
         else ("last", "X", COLOURS[1], [(r, r.last[1]) for r in records]),
         ("at the full budget", "o", COLOURS[0], [(r, r.last[1]) for r in records if r.status == "completed"]),
-        ("best", "$\\bigcirc$", COLOURS[2], [(records[0], records[0].last[1])]),
+        ("best", "o", COLOURS[2], [(records[0], records[0].last[1])]),
     ]
     for axes, name in zip(panels, names, strict=True):
         style_axes(axes, "", "held-out loss (nats a token)" if axes is panels[0] else "", x_label=name)
         for label, mark, colour, points in groups:
             values = [r.parameters[name] for r, _ in points]
-            size = 17 if label == "best" else 9
-            axes.plot(values, [loss for _, loss in points], mark, color=colour, markersize=size, label=label)
+            ring = {"markersize": 16, "markerfacecolor": "none"} if label == "best" else {"markersize": 9}
+            axes.plot(values, [loss for _, loss in points], mark, color=colour, label=label, **ring)
         values = [r.parameters[name] for r in records]
         if not isinstance(values[0], str) and min(values) > 0 and max(values) / min(values) >= LOG_FROM:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
     panels[-1].legend(fontsize=8)
     save_figure(figure, path)

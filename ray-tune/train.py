@@ -213,6 +213,8 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], cfg: Config, trials: Trials, tokenizer, rows, held_out) -> None:
         self.trials, self.record = trials, trials.read(self.trial_name)
         self.training = iter(())
+        if self.record.status == "failed":
+            raise UserError(self.record.error)
         if self.record.status:  # Ray's state was older than the kill: this trial had ended
             return
         folder = self.record.folder
@@ -230,11 +232,10 @@ class Trial(tune.Trainable):
         """Train up to the next evaluation; its result for ASHA, the table and the search algorithm."""
         if result := next(self.training, None):
             return result
-        if not self.record.status and self.stopping.reason:
-            return {"interrupted": True}
         record = self.trials.read(self.trial_name)
         step, eval_loss = record.last
-        return {"step": step, "eval_loss": eval_loss, "done": True}
+        interrupted = not self.record.status and step < self.trials.total_steps
+        return {"step": step, "eval_loss": eval_loss, "done": not interrupted, "interrupted": interrupted}
 
     def cleanup(self) -> None:
         """ASHA has stopped the trial, or the search ends: `train` meets it where it last reported."""

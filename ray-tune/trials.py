@@ -112,9 +112,15 @@ def ranking(records: list[Record]) -> list[Record]:
 
 
 def lock(path: Path, seconds: float, message: str) -> TextIO:
-    """Hold `path` until this process ends or the file is closed. Raises `UserError` if another one does for so long."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
+    """Hold `path` until this process ends or the file is closed.
+
+    Raises `UserError` with `message` if another process holds it for `seconds`, and where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"output_dir={path.parent}: cannot be written: {error.strerror}") from None
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
