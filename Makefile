@@ -50,7 +50,7 @@ format: .venv/ready ## put code and tables into their form
 
 .PHONY: bench
 bench: .venv/ready ## measure the projects on this machine's GPUs; records go to results/
-	@$(RUN) for project in ddp fsdp offload pipeline; do python bench/$$project.py; done
+	@$(RUN) for project in ddp fsdp offload pipeline ray_tune; do python bench/$$project.py; done
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png

@@ -36,7 +36,7 @@ class Case:
     as_t4: bool = False  # with a T4's attention kernels only
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
-    launcher: str = "torchrun"  # or deepspeed
+    launcher: str = "torchrun"  # or deepspeed, or python for one process that finds its GPUs itself
     through: str = ""  # a program that runs train.py and looks on; its figures are JSON files in the run folder
 
 
@@ -46,12 +46,17 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
         script.append(f"{case.project or project}/train.py")
         settings = [*common_settings, *case.settings]
-        if case.launcher == "torchrun":
-            launcher, count = ["common.torchrun", "--standalone", "--nproc_per_node"], "--nproc_per_node"
-        else:
-            launcher, count = ["common.deepspeed_launcher"], "--num_accelerators"
-        arguments = [*launcher, str(case.gpus), *script, *settings]
-        command = [sys.executable, "-m", *arguments, f"output_dir={folder}/run"]
+        launcher = {
+            "torchrun": ["-m", "common.torchrun", "--standalone", "--nproc_per_node", str(case.gpus)],
+            "deepspeed": ["-m", "common.deepspeed_launcher", str(case.gpus)],
+            "python": [],
+        }[case.launcher]
+        shown = {
+            "torchrun": ["torchrun", "--nproc_per_node", str(case.gpus)],
+            "deepspeed": ["deepspeed", "--num_accelerators", str(case.gpus)],
+            "python": ["python"],
+        }[case.launcher]
+        command = [sys.executable, *launcher, *script, *settings, f"output_dir={folder}/run"]
         done = subprocess.run(
             command,
             cwd=REPOSITORY,
@@ -76,7 +81,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
         "label": case.label,
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(
-            [*(f"{k}={v}" for k, v in case.variables.items()), case.launcher, count, str(case.gpus), *script]
+            [*(f"{k}={v}" for k, v in case.variables.items()), *shown, *script]
             + [re.sub(r"=/.*/", "=", setting) for setting in settings]
         ),
         "settings": dict(s.split("=", 1) for s in case.settings),

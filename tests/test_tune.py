@@ -22,18 +22,18 @@ from common import data, models
 from common.config import load_config
 
 PROJECT = "ray-tune"
-# smoke.yaml with a third of its steps. Micro-batches of one size take the same time, and give the same bits.
+# smoke.yaml with a fifth of its steps.
 SEARCH = [
     "data.eval_rows=16",
-    "train.max_steps=60",
+    "train.max_steps=90",
     "train.warmup_steps=5",
     "search.space.warmup_steps.choice=[0,5]",
     "search.grace_period=10",
     "eval.every=10",
     "checkpoint.every=10",
 ]
-QUICK = [*SEARCH, "tracking.backend=none", "train.max_steps=12", "search.grace_period=4", "eval.every=4",
-         "search.trials=2"]  # fmt: skip
+QUICK = ["data.eval_rows=16", "tracking.backend=none", "train.max_steps=12", "train.warmup_steps=0",
+         "search.grace_period=4", "eval.every=4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
     folder, output, most_checkpoints = whole
     summary = json.loads((folder / "summary.json").read_text())
     found = summary["search"]
-    assert summary["status"] == "completed" and summary["steps"] == 60
+    assert summary["status"] == "completed" and summary["steps"] == 90
     assert found["trials"] == 6 and found["completed"] + found["stopped"] == 6 and found["stopped"] >= 3
-    assert found["default_steps"] == found["best_steps"] == 60
+    assert found["default_steps"] == found["best_steps"] == 90
     assert found["best_eval_loss"] < found["default_eval_loss"] - 0.05
     assert summary["eval_loss_after"] == pytest.approx(found["best_eval_loss"], rel=1e-12)
     assert 0.3 < found["devices_busy"] <= 1 and found["device_seconds_saved"] > 0
@@ -128,11 +128,11 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
     default = next(row for row in rows if row["trial"] == "trial-000")
     assert float(default["learning_rate"]) == 1e-3 and default["micro_batch_size"] == "8"
     for row in rows:
-        assert 3e-4 <= float(row["learning_rate"]) <= 2e-2 and int(row["micro_batch_size"]) in (4, 8, 16)
+        assert 3e-4 <= float(row["learning_rate"]) <= 2e-2 and int(row["micro_batch_size"]) in (2, 4, 8)
         assert 0 <= float(row["weight_decay"]) <= 0.3 and int(row["warmup_steps"]) in (0, 5)
         assert row["trial"] in output
-    # What stopping early saves, in optimizer steps: those of the same trials without it would be 6 × 60.
-    assert sum(int(row["steps"]) for row in rows) <= 0.5 * 6 * 60
+    # What stopping early saves, in optimizer steps: those of the same trials without it would be 6 × 90.
+    assert sum(int(row["steps"]) for row in rows) <= 0.5 * 6 * 90
     for plot in ("search", "search_parameters", "loss"):
         assert (folder / f"plots/{plot}.png").stat().st_size > 10_000
     assert most_checkpoints <= 3  # two running trials, and the best of those that ended
@@ -142,7 +142,7 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
     # ASHA's decisions are those of the rule, from the trials' own files.
     curves = [({k: v for k, v in held_out(trial(folder, n)).items() if k}, True) for n in range(6)]
     stopped = modules["asha"].stops(curves, [10, 30], 3)
-    expected = {f"trial-{n:03d}": stopped.get(n, 60) for n in range(6)}
+    expected = {f"trial-{n:03d}": stopped.get(n, 90) for n in range(6)}
     assert {row["trial"]: int(row["steps"]) for row in rows} == expected
 
 
@@ -150,7 +150,7 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
 def test_the_best_trials_model_is_exported_and_evaluated(whole):
     folder, _, _ = whole
     best = json.loads((folder / "summary.json").read_text())["search"]["best"]
-    state = torch.load(folder / "trials" / best / "checkpoints/step-00000060/training.pt", weights_only=True)["model"]
+    state = torch.load(folder / "trials" / best / "checkpoints/step-00000090/training.pt", weights_only=True)["model"]
     exported = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     assert torch.equal(exported["model.embed_tokens.weight"], state["model.model.embed_tokens.weight"])
     assert {k.removeprefix("model."): v.shape for k, v in state.items()} == {k: v.shape for k, v in exported.items()}
@@ -179,8 +179,8 @@ def test_every_trial_is_a_run_of_one_group_in_the_tracker(whole):
 @pytest.mark.slow
 def test_a_trial_is_a_run_of_pytorch_ddp(whole, tmp_path):
     folder, _, _ = whole
-    settings = ["train.max_steps=60", "train.warmup_steps=5", "train.micro_batch_size=8", "data.eval_rows=16",
-                "train.learning_rate=1e-3", "tracking.backend=none", "checkpoint.every=0", "eval.every=10",
+    settings = ["train.max_steps=90", "train.warmup_steps=5", "train.micro_batch_size=8", "data.eval_rows=16",
+                "train.global_batch_size=8",                "train.learning_rate=1e-3", "tracking.backend=none", "checkpoint.every=0", "eval.every=10",
                 f"output_dir={tmp_path}"]  # fmt: skip
     run("pytorch-ddp", *settings, processes=1)
     assert_close(losses(trial(folder, 0)), losses(tmp_path), 1e-5)
@@ -243,15 +243,15 @@ def test_a_complete_search_says_so_and_one_whose_best_trial_was_stopped_trains_i
     for name in finished:  # as if they had failed in their last steps
         (folder / "trials" / name / "ended.json").write_text('{"status": "failed", "error": "out of memory"}')
         lines = (folder / "trials" / name / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (folder / "trials" / name / "metrics.jsonl").write_text("".join(x for x in lines if '"step": 60,' not in x))
+        (folder / "trials" / name / "metrics.jsonl").write_text("".join(x for x in lines if '"step": 90,' not in x))
     stopped = next(row for row in rows if row["status"] == "stopped")  # the table is in order
     output = run(PROJECT, *SEARCH, "tracking.backend=none", f"output_dir={folder}")
     assert f"Best: {stopped['trial']}" in output and "is trained on to the full budget" in output
     curve = held_out(folder)
-    assert max(curve) == 60 and curve[int(stopped["steps"])] == float(stopped["held-out loss"])
+    assert max(curve) == 90 and curve[int(stopped["steps"])] == float(stopped["held-out loss"])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "completed" and summary["search"]["failed"] == len(finished)
-    assert summary["eval_loss_after"] == curve[60]
+    assert summary["eval_loss_after"] == curve[90]
 
 
 @pytest.mark.slow
@@ -267,8 +267,7 @@ def test_without_early_stopping_the_best_is_the_same(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
-    # A learning rate at which the loss is no number after a step or two.
-    settings = [*(x for x in QUICK if "space" not in x), "search.trials=3", "train.warmup_steps=0"]
+    """With Optuna, and learning rates at some of which the loss is no number after a step or two."""
     text = (REPOSITORY / PROJECT / "smoke.yaml").read_text().split("  space:")
     rest = text[1].partition("eval:")[2]
 
@@ -277,32 +276,22 @@ def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
         path.write_text(f"{text[0]}  space: {{learning_rate: {{choice: {values}}}}}\neval:{rest}")
         return str(path)
 
-    output = run(PROJECT, *settings, f"output_dir={tmp_path}/some", config=config("[1.0e-3, 1.0e+30]"))
+    some, every = config("[1.0e-3, 1.0e+30]"), config("[1.0e+30]")
+    settings = ["search.trials=4", "search.algorithm=optuna", f"output_dir={tmp_path}/some"]
+    output = run(PROJECT, *QUICK, *settings, config=some)
     rows = table(tmp_path / "some")
+    assert sorted(row["trial"] for row in rows) == [f"trial-{n:03d}" for n in range(4)]
     failed = [row for row in rows if row["status"] == "failed"]
-    assert 1 <= len(failed) <= 2 and rows[0]["status"] == "completed", rows
+    assert 1 <= len(failed) <= 3 and rows[0]["status"] == "completed", rows
     assert all(float(row["learning_rate"]) == 1e30 for row in failed)
-    assert f"{failed[0]['trial']}  failed: the loss of step" in output
-    assert "Traceback" not in output
+    assert f"{failed[0]['trial']}  failed: the loss of step" in output and "Traceback" not in output
+    assert json.loads((tmp_path / "some/summary.json").read_text())["search"]["failed"] == len(failed)
 
-    settings += ["train.learning_rate=1.0e+30", f"output_dir={tmp_path}/all"]
-    output = run(PROJECT, *settings, config=config("[1.0e+30]"), exit_code=2)
-    line = error_line(output)
-    assert "all 3 trials failed. trial-000: the loss of step" in line
+    settings = ["search.trials=2", "train.learning_rate=1.0e+30", f"output_dir={tmp_path}/all"]
+    line = error_line(run(PROJECT, *QUICK, *settings, config=every, exit_code=2))
+    assert "all 2 trials failed. trial-000: the loss of step" in line
     assert json.loads((tmp_path / "all/summary.json").read_text())["status"] == "failed"
     assert not (tmp_path / "all/model").exists() and not checkpoints(tmp_path / "all")
-
-
-@pytest.mark.slow
-def test_optuna_and_max_hours(tmp_path):
-    settings = [*QUICK, "search.algorithm=optuna", "search.trials=3", f"output_dir={tmp_path}"]
-    output = run(PROJECT, *settings, "runtime.max_hours=0.0001")
-    assert "runtime.max_hours=0.0001 is over" in output
-    run(PROJECT, *settings)
-    rows = table(tmp_path)
-    assert sorted(row["trial"] for row in rows) == ["trial-000", "trial-001", "trial-002"]
-    assert float(next(row for row in rows if row["trial"] == "trial-000")["learning_rate"]) == 1e-3
-    assert len({row["learning_rate"] for row in rows}) == 3
 
 
 def curve(*values: float) -> dict[int, float]:
@@ -375,7 +364,7 @@ def test_the_micro_batch_does_not_change_the_training(modules):
     """What the README says of searching it: the same losses but for rounding."""
     train = modules["train"]
     found = []
-    for micro_batch in (4, 16):
+    for micro_batch in (2, 8):
         cfg = load_config(
             train.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"train.micro_batch_size={micro_batch}"]
         )
@@ -413,12 +402,12 @@ MISTAKES = {
     "default outside": (
         ["search.space={learning_rate: {choice: [0.5]}}"], "", ["train.learning_rate=0.001", "first trial"],
     ),
-    "grace period": (["search.grace_period=200"], "", ["search.grace_period=200", "180"]),
+    "grace period": (["search.grace_period=500"], "", ["search.grace_period=500", "450"]),
     "no evaluations": (["eval.every=0"], "", ["eval.every=0", "search.grace_period"]),
-    "warm-up": (["search.space={warmup_steps: {choice: [20, 500]}}"], "", ["500 warm-up steps", "180"]),
+    "warm-up": (["search.space={warmup_steps: {choice: [20, 500]}}"], "", ["500 warm-up steps", "450"]),
     "GPUs": (["search.gpus_per_trial=4"], "", ["search.gpus_per_trial=4", "GPUs"]),
     "resume": (["checkpoint.resume=runs/other"], "", ["checkpoint.resume=runs/other", "never"]),
-    "global batch": (["train.global_batch_size=18"], "", ["18"]),
+    "global batch": (["train.global_batch_size=9"], "", ["9"]),
     "output folder": (["output_dir=/proc/nowhere"], "", ["output_dir=/proc/nowhere"]),
     "another choice": (["search.scheduler=ashas"], "", ["search.scheduler=ashas", "asha"]),
 }  # fmt: skip
