@@ -58,7 +58,7 @@ notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the 
 
 .PHONY: bench
 bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
-	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train; do python bench/$$project.py; done
+	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train ray_tune; do python bench/$$project.py; done
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png

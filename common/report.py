@@ -122,7 +122,7 @@ def plot_training(run_dir: str | Path) -> list[Path]:
         figure, axes = _new_figure(f"{name}: {title}", unit)
         draw(axes, metrics)
         if axes.lines:
-            paths.append(_save(figure, folder / f"{file}.png"))
+            paths.append(save_figure(figure, folder / f"{file}.png"))
     return paths
 
 
@@ -178,8 +178,8 @@ def plot_comparison(run_dirs: list[Path]) -> Path:
     """Draw the runs' losses and throughputs side by side: `comparison.png` in the folder that holds them all."""
     figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
     losses, speeds = figure.subplots(1, 2)
-    _style(losses, "training loss, smoothed", "loss (nats a token)")
-    _style(speeds, "throughput", "tokens/s, all processes", x_label="")
+    style_axes(losses, "training loss, smoothed", "loss (nats a token)")
+    style_axes(speeds, "throughput", "tokens/s, all processes", x_label="")
     labels = _labels(run_dirs)
     for i, (label, run_dir) in enumerate(labels.items()):
         points = series(read_metrics(run_dir), "loss")
@@ -193,7 +193,7 @@ def plot_comparison(run_dirs: list[Path]) -> Path:
     speeds.invert_yaxis()
     speeds.grid(axis="y", visible=False)
     speeds.xaxis.set_major_formatter("{x:,.0f}")
-    return _save(figure, Path(os.path.commonpath([p.resolve() for p in run_dirs])) / "comparison.png")
+    return save_figure(figure, Path(os.path.commonpath([p.resolve() for p in run_dirs])) / "comparison.png")
 
 
 def plot_evaluation(run_dir: str | Path) -> Path:
@@ -206,13 +206,13 @@ def plot_evaluation(run_dir: str | Path) -> Path:
     figure.suptitle(f"{results['project']}: base and fine-tuned on {results['rows']:,} held-out rows", fontsize=12)
     for axes, (label, key, form) in zip(figure.subplots(2, columns).flat, panels, strict=True):
         values = [base[key], tuned[key]]
-        _style(axes, label, "", x_label="")
+        style_axes(axes, label, "", x_label="")
         bars = axes.bar(["base", "fine-tuned"], values, color=COLOURS[:2], width=0.65)
         axes.bar_label(bars, [f"{v:{form}}" for v in values], padding=2, fontsize=10)
         axes.set_ylim(0, max(values) * 1.15 or 1)
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="y", labelsize=8)
-    return _save(figure, Path(run_dir) / "plots" / "eval.png")
+    return save_figure(figure, Path(run_dir) / "plots" / "eval.png")
 
 
 # What an evaluation measures: label with its direction, key in eval.json, number format.
@@ -245,11 +245,11 @@ def _xy(points: dict[int, float]) -> tuple[list[int], list[float]]:
 def _new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    _style(axes, title, y_label)
+    style_axes(axes, title, y_label)
     return figure, axes
 
 
-def _style(axes: Axes, title: str, y_label: str, x_label: str = "optimizer step") -> None:
+def style_axes(axes: Axes, title: str, y_label: str, x_label: str = "optimizer step") -> None:
     axes.set_title(title, fontsize=13)
     axes.set_xlabel(x_label, fontsize=11)
     axes.set_ylabel(y_label, fontsize=11)
@@ -259,7 +259,7 @@ def _style(axes: Axes, title: str, y_label: str, x_label: str = "optimizer step"
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

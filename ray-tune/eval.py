@@ -1,0 +1,24 @@
+"""Base model against fine-tuned model on the held-out rows: loss, perplexity, token accuracy, bits per byte, samples.
+
+Search first; then, with the same `--config` and settings as the search:
+
+    python ray-tune/eval.py --config smoke.yaml                       # one process, CPU or GPU
+    torchrun --nproc_per_node 2 ray-tune/eval.py                      # several: the same figures, sooner
+    python ray-tune/eval.py eval.model=ash001/ray-tune-qwen-0.5B      # any other model in place of output_dir/model
+
+Writes eval.json, samples.md and plots/eval.png into the run folder.
+"""
+
+from train import PROJECT, Config
+
+from common.config import parse_config
+from common.errors import run
+from common.evaluation import compare
+
+
+def main() -> None:
+    compare(parse_config(Config, __file__), project=PROJECT)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,127 @@
+"""What looks on while the trials run: the progress line, the clean stop, and the order on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from tqdm.auto import tqdm
+from trials import Spans, Trials, best
+
+from common.report import read_json
+from common.runtime import StopRequest
+
+MOST_SECONDS_TO_SAVE = 300
+
+
+class Stopping:
+    """The request to stop, as all processes of a search see it: a file in the run folder."""
+
+    def __init__(self, root: Path):
+        self._path = root / "stop"
+
+    @property
+    def reason(self) -> str | None:
+        return self._path.read_text(encoding="utf-8") if self._path.exists() else None
+
+    @contextlib.contextmanager
+    def follow(self, request: StopRequest) -> Iterator[None]:
+        """In the main process: pass the request on as soon as it comes."""
+        self._path.unlink(missing_ok=True)  # an earlier search's
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(0.2):
+                if request.reason:
+                    partial = self._path.with_suffix(".partial")
+                    partial.write_text(request.reason, encoding="utf-8")
+                    partial.rename(self._path)
+                    return
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._path.unlink(missing_ok=True)
+
+
+class Watch(Callback):
+    """Ray calls this in the main process.
+
+    NOTE: `Tuner.restore` unpickles it as the first start made it, so it holds nothing that changes.
+    """
+
+    def __init__(self, trials: Trials, count: int):
+        self._trials, self._count = trials, count
+
+    def setup(self, **_) -> None:
+        root = self._trials.root.parent
+        self._stopping, self._asked, self._saved = Stopping(root), None, set()
+        self._spans = Spans(root / "spans.jsonl")
+        self._spans.note("session")
+        self._trials.delete_checkpoints()  # what a kill may have left
+        ended = sum(bool(record.status) for record in self._trials.read_all())
+        if ended:
+            print(f"Going on with the search: {ended} of {self._count} trials have ended")
+        self._bar = tqdm(total=self._count, initial=ended, desc="Searching", unit="trial", dynamic_ncols=True)
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:
+        """Ends Ray's loop once every running trial has saved what it did."""
+        if not self._stopping.reason:
+            return
+        self._asked = self._asked or time.monotonic()
+        running = {str(trial) for trial in trials if trial.status == Trial.RUNNING}
+        if running <= self._saved or time.monotonic() - self._asked > MOST_SECONDS_TO_SAVE:
+            signal.raise_signal(signal.SIGUSR1)  # Ray's way to be interrupted: its state is saved, nothing is ended
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
+        self._spans.note("start", str(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **_) -> None:
+        if result.get("interrupted"):
+            self._saved.add(str(trial))
+            return
+        line = f"{trial}  step {result['step']:>5,} of {self._trials.total_steps:,}  "
+        self._bar.write(f"{line}held-out loss {result['eval_loss']:.4f}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
+        step = trial.last_result["step"]
+        self._end(trial, "completed" if step >= self._trials.total_steps else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
+        own = read_json(self._trials.root / str(trial) / "summary.json")
+        error = own.get("error") or _last_line(trial)
+        self._bar.write(f"{trial}  failed: {error}")
+        self._end(trial, "failed", error)
+
+    def on_experiment_end(self, trials: list[Trial], **_) -> None:
+        self._spans.note("session end")
+        self._bar.close()
+
+    def _end(self, trial: Trial, status: str, error: str = "") -> None:
+        self._spans.note("end", str(trial))
+        if not self._trials.read(str(trial)).status:
+            self._trials.end(str(trial), status, error)
+        if status == "stopped":
+            self._bar.write(f"{trial}  stopped early")
+        self._trials.delete_checkpoints()
+        leader = best(self._trials.read_all())
+        if leader:
+            self._bar.set_postfix_str(f"best {leader.name}: {leader.last[1]:.4f} at step {leader.last[0]:,}")
+        self._bar.update()
+
+
+def _last_line(trial: Trial) -> str:
+    """What Ray says of a trial that could not say it itself, such as a process that the system killed."""
+    file = Path(trial.error_file) if trial.error_file else None
+    lines = file.read_text(encoding="utf-8").strip().splitlines() if file and file.is_file() else []
+    return lines[-1].strip() if lines else "its process died"
