@@ -94,7 +94,7 @@ def start(project: str, *settings: str, processes: int = 2, config: str = "smoke
 def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
     """Run to the end, check the exit code, return the output."""
     process = start(project, *settings, **options)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == exit_code, output
     return output
 
@@ -121,7 +121,7 @@ def losses(run_dir: Path) -> list[tuple[float, float]]:
     return [(record["loss"], record["grad_norm"]) for record in metrics(run_dir) if "loss" in record]
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: float = 300) -> None:
     """Return as soon as the run has logged `step`."""
     deadline = time.monotonic() + seconds
     path = run_dir / "metrics.jsonl"

@@ -121,7 +121,7 @@ def test_a_stopped_run_saves_and_a_damaged_checkpoint_is_passed_over(undisturbed
     process = start(PROJECT, *settings)
     wait_for_step(process, tmp_path, 12)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted" and 12 <= summary["steps"] < 30, output
     assert "Traceback" not in output and process.returncode == 128 + signal.SIGTERM
