@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 
@@ -57,9 +58,15 @@ def ray_cluster() -> Iterator[dict[str, float]]:
     try:
         yield ray.cluster_resources()
     finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        started = psutil.Process().children(recursive=True) if folder else []
+        try:
+            ray.shutdown()
+        finally:  # also where one more Ctrl-C breaks that off; by themselves, Ray's agents notice it late
+            for process in started:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join(address: str, options: dict) -> None:

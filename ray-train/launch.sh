@@ -8,4 +8,4 @@ set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)
 also_needed="ray deepspeed"
 source "$folder/../common/environment.sh"
-exec python "$folder/train.py" "$@" ${NPROC_PER_NODE:+ray.workers=$NPROC_PER_NODE}
+exec python "$folder/train.py" ${NPROC_PER_NODE:+ray.workers=$NPROC_PER_NODE} "$@"

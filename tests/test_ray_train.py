@@ -208,6 +208,22 @@ def test_a_stopped_run_saves_leaves_no_process_and_goes_on_with_one_worker(undis
     assert_close(losses(tmp_path)[:together], losses(undisturbed)[:together], 1e-4)
 
 
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_at_once(tmp_path):
+    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}", **RAY)
+    wait_for_step(process, tmp_path, 2, seconds=280)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    while not (tmp_path / ".stop").exists():  # the driver has seen the first
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "stopped" in output and "Traceback" not in output, output
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
