@@ -1,4 +1,4 @@
-"""The search space: `search.space` of the YAML, checked, as Ray Tune's distributions."""
+"""The search space: `search.space` of the YAML as Ray Tune's distributions; what a search contradicts itself in."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ def with_parameters(cfg: BaseConfig, parameters: dict[str, Any]) -> TrainConfig:
     """`cfg.train` with the values that a trial was given, in the types of the keys (samplers give NumPy's)."""
     typed = {name: type(getattr(cfg.train, name))(value) for name, value in parameters.items()}
     return dataclasses.replace(cfg.train, **typed)
+
+
+def check_search(cfg: BaseConfig, total_steps: int) -> None:
+    """Raise `UserError` for a search that contradicts itself; `total_steps` of 0: not known before the data is."""
+    s = cfg.search
+    if cfg.checkpoint.resume not in ("auto", "never"):
+        raise UserError(f"checkpoint.resume={cfg.checkpoint.resume}: a search goes on in its output_dir: auto or never")
+    if s.scheduler == "asha" and not 0 < cfg.eval.every <= s.grace_period:
+        raise UserError(
+            f"eval.every={cfg.eval.every}: ASHA compares held-out losses from step search.grace_period="
+            f"{s.grace_period} on: set eval.every between 1 and that"
+        )
+    if s.scheduler == "asha" and total_steps and s.grace_period >= total_steps:
+        raise UserError(
+            f"search.grace_period={s.grace_period} is not below a trial's budget of {total_steps} optimizer steps: no "
+            f"trial could be stopped early; lower it, or set search.scheduler=none"
+        )
+    longest = max([cfg.train.warmup_steps, *next(iter(s.space.get("warmup_steps", {0: []}).values()))], default=0)
+    if total_steps and longest >= total_steps:
+        raise UserError(f"{longest} warm-up steps are not below a trial's budget of {total_steps}: lower them")
 
 
 def _domain(cfg: BaseConfig, name: str, spec: Any) -> Domain:

@@ -260,7 +260,7 @@ def search(cfg: Config) -> None:
     """Run all trials, then bring the best one to the full budget, export it and say what the search found."""
     domains = space.param_space(cfg)
     slots = cluster.slots(cfg)
-    check_search(cfg, cfg.train.max_steps)
+    space.check_search(cfg, cfg.train.max_steps)
     accumulation_steps(cfg, 1)
     check_can_push(cfg)
     root = Path(cfg.output_dir).resolve()
@@ -271,7 +271,7 @@ def search(cfg: Config) -> None:
     models.load_model_config(cfg.model, cfg.data)
     rows, held_out = build_dataloaders(cfg, tokenizer)
     total_steps = data.StepSampler(rows, cfg, 0, 1).total_steps
-    check_search(cfg, total_steps)
+    space.check_search(cfg, total_steps)
     rungs = asha.rungs(cfg.search.grace_period, cfg.search.reduction_factor, total_steps)
     trials = Trials(
         root / "trials", total_steps, rungs if cfg.search.scheduler == "asha" else [], cfg.search.reduction_factor
@@ -336,26 +336,6 @@ def run_trials(cfg: Config, trials: Trials, domains: dict, tokenizer, rows: data
             ),
         )
     tuner.fit()
-
-
-def check_search(cfg: Config, total_steps: int) -> None:
-    """Raise `UserError` for a search that contradicts itself; `total_steps` of 0: not known before the data is."""
-    s = cfg.search
-    if cfg.checkpoint.resume not in ("auto", "never"):
-        raise UserError(f"checkpoint.resume={cfg.checkpoint.resume}: a search goes on in its output_dir: auto or never")
-    if s.scheduler == "asha" and not 0 < cfg.eval.every <= s.grace_period:
-        raise UserError(
-            f"eval.every={cfg.eval.every}: ASHA compares held-out losses from step search.grace_period="
-            f"{s.grace_period} on: set eval.every between 1 and that"
-        )
-    if s.scheduler == "asha" and total_steps and s.grace_period >= total_steps:
-        raise UserError(
-            f"search.grace_period={s.grace_period} is not below a trial's budget of {total_steps} optimizer steps: no "
-            f"trial could be stopped early; lower it, or set search.scheduler=none"
-        )
-    longest = max([cfg.train.warmup_steps, *next(iter(s.space.get("warmup_steps", {0: []}).values()))], default=0)
-    if total_steps and longest >= total_steps:
-        raise UserError(f"{longest} warm-up steps are not below a trial's budget of {total_steps}: lower them")
 
 
 def main() -> None:

@@ -269,7 +269,7 @@ def test_without_early_stopping_the_trials_are_the_same(whole, modules, tmp_path
         f"trial-{number:03d}": step for number, step in stopped.items()
     }
     # The best of those that were not stopped, and at most little worse than the best of all.
-    best = [row for row in rows if row["trial"] not in {f"trial-{n:03d}" for n in stopped}][0]
+    best = next(row for row in rows if row["trial"] not in {f"trial-{n:03d}" for n in stopped})
     assert {**best, "status": ""} == {**early[0], "status": ""}
     default = float(next(row for row in rows if row["trial"] == "trial-000")["held-out loss"])
     gained, possible = (default - float(found["held-out loss"]) for found in (early[0], rows[0]))
