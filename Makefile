@@ -39,7 +39,7 @@ test: .venv/ready .venv-foundry/ready lint ## everything: real launchers, tracke
 	@$(RUN) python -m pytest tests
 
 .PHONY: test-fast
-test-fast: .venv/ready .venv-foundry/ready ## the tests that take under 4 minutes together
+test-fast: .venv/ready ## the tests that take under 4 minutes together
 	@$(RUN) python -m pytest tests -m "not slow"
 
 .PHONY: lint

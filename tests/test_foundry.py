@@ -48,9 +48,10 @@ RUN = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def environment_is_built():
-    """The first start of launch.sh would build it, within that test's patience."""
-    subprocess.run([f"{PROJECT}/build_environment.sh"], cwd=REPOSITORY, check=True)
+def environment_is_built(request):
+    """The first start of launch.sh would build it, within that test's patience. Quick tests need none."""
+    if any(test.get_closest_marker("slow") for test in request.session.items if test.path == request.path):
+        subprocess.run([f"{PROJECT}/build_environment.sh"], cwd=REPOSITORY, check=True)
 
 
 def write_model(name: str, folder) -> str:

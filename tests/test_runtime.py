@@ -271,16 +271,16 @@ def wait_for(condition, seconds: float = 20) -> bool:
 
 
 def test_host_memory_sees_the_memory_of_a_child_of_a_child():
-    grandchild = "import sys, time; block = b'x' * (200 * 2**20); print('ready', flush=True); time.sleep(60)"
+    grandchild = "import sys, time; block = b'x' * (600 * 2**20); print('ready', flush=True); time.sleep(60)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
         # Only now: between fork and exec, a child seems to have all the memory of its parent.
         host = HostMemory(every_seconds=0.05)
-        alone = psutil.Process().memory_info().rss / 2**30
-        assert wait_for(lambda: host.peak_gib > alone + 0.19), (alone, host.peak_gib)
-        assert host.peak_gib < alone + 0.25, "shared pages are counted once"
+        own = psutil.Process().memory_full_info()  # pages shared with other processes, here or elsewhere, count in part
+        assert wait_for(lambda: host.peak_gib > own.pss / 2**30 + 0.4), (own, host.peak_gib)
+        assert host.peak_gib < own.rss / 2**30 + 0.65, "shared pages are counted once"
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             one.kill()
