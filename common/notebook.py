@@ -254,6 +254,20 @@ def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     return [f"eval.model={found[0]}"]
 
 
+def show_table(path: Path) -> None:
+    """A CSV file; long numbers are shortened."""
+    from csv import reader
+
+    from IPython.display import Markdown, display
+
+    heading, *rows = list(reader(path.read_text(encoding="utf-8").splitlines()))
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    lines += [
+        [f"{float(cell):.4g}" if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", cell) else cell for cell in row] for row in rows
+    ]
+    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
+
+
 def show_evaluation(run: Path) -> None:
     """Base against fine-tuned: the table and the plot."""
     from IPython.display import Markdown, display

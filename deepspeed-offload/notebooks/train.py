@@ -13,9 +13,10 @@
 # in host memory, and AdamW runs there. So a GPU of 16 GB trains what would need 20 GB and more, in a machine with 30
 # GB of memory.
 #
-# This notebook starts [`deepspeed-offload/train.py`](https://github.com/OWNER/multi-gpu-fine-
-# tuning/blob/main/deepspeed-offload/train.py) on one GPU and shows what came out. The script is the lesson: read it
-# from top to bottom. On Kaggle choose the accelerator **GPU T4 x2** and switch the internet on.
+# This notebook starts
+# [`deepspeed-offload/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-offload/train.py)
+# on one GPU and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
+# accelerator **GPU T4 x2** and switch the internet on.
 
 # %%
 import subprocess
@@ -86,8 +87,8 @@ notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 # ## What it is on other settings
 #
 # Measured with `bench/offload.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-
-# offload/README.md).
+# are as they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-offload/README.md).
 
 # %%
 notebook.show_measured("deepspeed-offload")

@@ -13,9 +13,10 @@
 # GPUs compute at once, each on another micro-batch. Only hidden states and their gradients travel, which suits GPUs
 # without a fast link.
 #
-# This notebook starts [`deepspeed-pipeline/train.py`](https://github.com/OWNER/multi-gpu-fine-
-# tuning/blob/main/deepspeed-pipeline/train.py) on all GPUs and shows what came out. The script is the lesson: read it
-# from top to bottom. On Kaggle choose the accelerator **GPU T4 x2** and switch the internet on.
+# This notebook starts
+# [`deepspeed-pipeline/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-pipeline/train.py)
+# on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
+# accelerator **GPU T4 x2** and switch the internet on.
 
 # %%
 import subprocess
@@ -86,8 +87,8 @@ notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 # ## What it is on other settings
 #
 # Measured with `bench/pipeline.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-
-# pipeline/README.md).
+# are as they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-pipeline/README.md).
 
 # %%
 notebook.show_measured("deepspeed-pipeline")

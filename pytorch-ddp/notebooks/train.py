@@ -13,9 +13,10 @@
 # pass, DDP already averages the finished gradients with those of the other. Both then take the same step, so the two
 # models stay equal.
 #
-# This notebook starts [`pytorch-ddp/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-
-# ddp/train.py) on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle
-# choose the accelerator **GPU T4 x2** and switch the internet on.
+# This notebook starts
+# [`pytorch-ddp/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-ddp/train.py) on all GPUs
+# and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the accelerator **GPU
+# T4 x2** and switch the internet on.
 
 # %%
 import subprocess
@@ -85,8 +86,8 @@ notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 # ## What it is on other settings
 #
 # Measured with `bench/ddp.py`; the hardware stands under each table. What the columns mean, and why the figures are as
-# they are, is in [the project's README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-
-# ddp/README.md).
+# they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-ddp/README.md).
 
 # %%
 notebook.show_measured("pytorch-ddp")

@@ -12,9 +12,10 @@
 # Weights, gradients and Adam's moments of OPT-1.3B take 21 GB, and a T4 has 16. FSDP shards them: each GPU keeps a
 # half. Before a layer computes, the GPUs gather its weights from each other; afterwards they let them go again.
 #
-# This notebook starts [`pytorch-fsdp/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-
-# fsdp/train.py) on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle
-# choose the accelerator **GPU T4 x2** and switch the internet on.
+# This notebook starts
+# [`pytorch-fsdp/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-fsdp/train.py) on all GPUs
+# and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the accelerator **GPU
+# T4 x2** and switch the internet on.
 
 # %%
 import subprocess
@@ -84,8 +85,8 @@ notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 # ## What it is on other settings
 #
 # Measured with `bench/fsdp.py`; the hardware stands under each table. What the columns mean, and why the figures are
-# as they are, is in [the project's README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-
-# fsdp/README.md).
+# as they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-fsdp/README.md).
 
 # %%
 notebook.show_measured("pytorch-fsdp")

@@ -1,0 +1,65 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Base against fine-tuned: OPT-1.3B after LLM Foundry
+#
+# Both models read the same held-out rows, which never trained. Loss and perplexity say how well a model predicts the
+# next token, token accuracy how often its first choice is right, and bits per byte the same as the loss, comparable
+# between tokenizers. All GPUs work; the figures do not depend on their number.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
+REVISION = "main"
+here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
+if here is None:  # not opened in the repository: fetch it
+    here = Path("multi-gpu-fine-tuning").resolve()
+    if not here.is_dir():
+        subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
+    subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
+sys.path.insert(0, str(here))
+
+from common import notebook
+
+notebook.install("fsdp")
+notebook.check_machine()
+
+# %% [markdown]
+# ## Parameters
+#
+# `CONFIG` and `SETTINGS` as in the training. The model is that of `train.ipynb`: of this session, or of its output
+# attached as input.
+
+# %% tags=["parameters"]
+CONFIG = "config.yaml"
+SETTINGS = []
+MODEL = ""  # a Hub repository, such as "ash001/llm-foundry-fsdp-opt-1.3B", in place of train.ipynb's
+RUN = notebook.runs_folder() / "llm-foundry-finetune"
+
+# %%
+notebook.use_secrets("HF_TOKEN")
+model = notebook.find_model("llm-foundry-finetune", RUN, MODEL)
+notebook.evaluate("llm-foundry-finetune", CONFIG, *SETTINGS, f"output_dir={RUN}", *model)
+
+# %% [markdown]
+# ## Figures
+
+# %%
+notebook.show_evaluation(RUN)
+
+# %% [markdown]
+# ## Samples
+#
+# Both models go on from the same beginning, or answer the same question. The reference is what the data set has.
+
+# %%
+notebook.show_samples(RUN, count=4)

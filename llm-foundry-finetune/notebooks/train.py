@@ -1,0 +1,104 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Fine-tune OPT-1.3B on instructions with LLM Foundry
+#
+# LLM Foundry owns the training loop: what is trained, on what and how, stands in its YAML. It uses Composer's trainer,
+# and FSDP to shard the model over both GPUs. Only the responses have a loss; the questions, with the text that some of
+# them are about, are read.
+#
+# This notebook starts
+# [`llm-foundry-finetune/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/llm-foundry-finetune/train.py)
+# on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
+# accelerator **GPU T4 x2** and switch the internet on.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
+REVISION = "main"
+here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
+if here is None:  # not opened in the repository: fetch it
+    here = Path("multi-gpu-fine-tuning").resolve()
+    if not here.is_dir():
+        subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
+    subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
+sys.path.insert(0, str(here))
+
+from common import notebook
+
+notebook.install("fsdp")
+notebook.check_machine()
+
+# %% [markdown]
+# ## One optimizer step
+
+# %%
+notebook.show_figure("llm-foundry-finetune/foundry.svg")
+
+# %% [markdown]
+# ## Parameters
+#
+# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
+# them can be set.
+
+# %% tags=["parameters"]
+CONFIG = "config.yaml"
+SETTINGS = []  # such as ["train.max_steps=200", "train.learning_rate=1e-5"]
+HUB_REPOSITORY = ""  # "you/name" uploads the model there; needs the secret HF_TOKEN
+RUN = notebook.runs_folder() / "llm-foundry-finetune"
+
+# %% [markdown]
+# ## Secrets
+#
+# `HF_TOKEN` is needed for an upload only, `WANDB_API_KEY` to watch the run in W&B; without one it is logged offline.
+# They come from Kaggle's secrets (*Add-ons → Secrets*) or the environment, and go into no file and no output.
+
+# %%
+notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
+
+# %% [markdown]
+# ## Train
+#
+# The first start builds LLM Foundry's own environment, since it pins older versions of everything: 7 GB, a few
+# minutes. Kaggle's environment stays as it is. The run saves a checkpoint before Kaggle ends the session
+# (`runtime.max_hours`); where an earlier session's output is attached as input, it goes on from there. The output is
+# the script's own; where it fails, the cell fails.
+
+# %%
+settings = [*SETTINGS, f"hub.repo_id={HUB_REPOSITORY}", f"output_dir={RUN}"]
+notebook.launch("llm-foundry-finetune", CONFIG, *settings, *notebook.earlier_checkpoint("llm-foundry-finetune"))
+
+# %% [markdown]
+# ## What came out
+
+# %%
+notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
+
+# %% [markdown]
+# ## What it is on other settings
+#
+# Measured with `bench/foundry.py`; the hardware stands under each table. What the columns mean, and why the figures
+# are as they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/llm-foundry-finetune/README.md).
+
+# %%
+notebook.show_measured("llm-foundry-finetune")
+
+# %% [markdown]
+# ## What is kept
+#
+# `model/` is a plain Hugging Face folder; `eval.ipynb` compares it with the base model. On Kaggle the run lies on a
+# disk that is cleared at the end of the session, for large checkpoints do not fit into the 20 GB that are kept; what
+# matters is copied there.
+
+# %%
+notebook.keep(RUN, "llm-foundry-finetune")

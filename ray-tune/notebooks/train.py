@@ -1,0 +1,112 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Search hyper-parameters for Qwen2-0.5B with Ray Tune
+#
+# Each trial fine-tunes the same model with other values: learning rate, weight decay, warm-up. ASHA compares them at
+# fixed numbers of optimizer steps and stops the bad ones early. All trials have the same budget and the same schedule,
+# so that they can be compared.
+#
+# This notebook starts
+# [`ray-tune/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-tune/train.py) on all GPUs, a
+# trial on each, and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
+# accelerator **GPU T4 x2** and switch the internet on.
+
+# %%
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
+REVISION = "main"
+here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
+if here is None:  # not opened in the repository: fetch it
+    here = Path("multi-gpu-fine-tuning").resolve()
+    if not here.is_dir():
+        subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
+    subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
+sys.path.insert(0, str(here))
+
+from common import notebook
+
+notebook.install("ray")
+notebook.check_machine()
+
+# %% [markdown]
+# ## One optimizer step
+
+# %%
+notebook.show_figure("ray-tune/asha.svg")
+
+# %% [markdown]
+# ## Parameters
+#
+# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
+# them can be set.
+
+# %% tags=["parameters"]
+CONFIG = "config.yaml"
+SETTINGS = []  # such as ["train.max_steps=200", "train.learning_rate=1e-5"]
+HUB_REPOSITORY = ""  # "you/name" uploads the model there; needs the secret HF_TOKEN
+RUN = notebook.runs_folder() / "ray-tune"
+
+# %% [markdown]
+# ## Secrets
+#
+# `HF_TOKEN` is needed for an upload only, `WANDB_API_KEY` to watch the run in W&B; without one it is logged offline.
+# They come from Kaggle's secrets (*Add-ons → Secrets*) or the environment, and go into no file and no output.
+
+# %%
+notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
+
+# %% [markdown]
+# ## Train
+#
+# A trial at a time on each GPU. The best one is trained to the full budget, if it did not get there in the search. A
+# search that was stopped goes on when the cell is run again in the same session. The output is the script's own; where
+# it fails, the cell fails.
+
+# %%
+settings = [*SETTINGS, f"hub.repo_id={HUB_REPOSITORY}", f"output_dir={RUN}"]
+notebook.launch("ray-tune", CONFIG, *settings)
+
+# %% [markdown]
+# ## What came out
+#
+# Every trial, the best first; crosses are where ASHA stopped one. Then the loss against each hyper-parameter.
+
+# %%
+notebook.show_table(RUN / "trials.csv")
+notebook.show_plots(RUN, "search", "search_parameters")
+
+# %% [markdown]
+# The best trial's run:
+
+# %%
+notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
+
+# %% [markdown]
+# ## What it is on other settings
+#
+# Measured with `bench/ray_tune.py`; the hardware stands under each table. What the columns mean, and why the figures
+# are as they are, is in [the project's
+# README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-tune/README.md).
+
+# %%
+notebook.show_measured("ray-tune")
+
+# %% [markdown]
+# ## What is kept
+#
+# `model/` is a plain Hugging Face folder; `eval.ipynb` compares it with the base model. On Kaggle the run lies on a
+# disk that is cleared at the end of the session, for large checkpoints do not fit into the 20 GB that are kept; what
+# matters is copied there.
+
+# %%
+notebook.keep(RUN, "ray-tune")
