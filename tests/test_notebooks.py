@@ -106,6 +106,10 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert torch.equal(ours, theirs)
     card = (uploaded / "README.md").read_text()
     assert names["model"]["name"] in card and names["data"]["name"] in card
+    if project == "llm-foundry-finetune":  # the text that a question is about, where it has one, is in the prompt
+        rows = [json.loads(line) for line in (run / "foundry/eval.jsonl").read_text().splitlines()]
+        with_context = [row for row in rows if row["prompt"].count("\n") > 2 or len(row["prompt"]) > 200]
+        assert 0.1 < len(with_context) / len(rows) < 0.5
     if names["tracking"]["backend"] == "wandb":
         assert list((tmp_path / "runs").rglob("*.wandb")), "no offline W&B run"
 
