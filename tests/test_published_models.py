@@ -1,6 +1,6 @@
 """What the models of the shipped config.yaml files ask for: one is gated, one is a pickle.
 
-That each config.yaml trains as it is shipped, but for the number of steps, is in test_notebooks.py and test_ddp_hub.py.
+That each config.yaml trains as it is shipped, but for the number of steps, is in test_notebooks.py.
 """
 
 import pickle
