@@ -111,7 +111,10 @@ class Tracker:
             self._artifacts.put(path)
 
     def finish(self, status: str) -> None:
-        """Send what is left and close the run as `completed`, `interrupted` or `failed`; a second call does nothing."""
+        """Send what is left and close the run; a second call does nothing.
+
+        `status` is completed, stopped (by a search, early), interrupted (by a signal or the clock) or failed.
+        """
         backend = self._backend
         if not backend or self._status:
             return
@@ -158,7 +161,7 @@ class Tracker:
 class MlflowBackend:
     """MLflow through its client, without global state; a SQLite file beside the run where no server is named."""
 
-    STATUS = {"completed": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}  # noqa: RUF012
+    STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}  # noqa: RUF012
 
     def __init__(self, cfg: BaseConfig, run_dir: Path):
         self._cfg, self._run_dir = cfg, run_dir
@@ -249,7 +252,7 @@ class MlflowBackend:
 class WandbBackend:
     """W&B with its usual environment variables; offline, in the run folder, when it has no key."""
 
-    EXIT_CODE = {"completed": 0, "interrupted": 130, "failed": 1}  # noqa: RUF012
+    EXIT_CODE = {"completed": 0, "stopped": 0, "interrupted": 130, "failed": 1}  # noqa: RUF012
 
     def __init__(self, cfg: BaseConfig, run_dir: Path):
         self._cfg, self._run_dir = cfg, run_dir

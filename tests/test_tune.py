@@ -16,7 +16,7 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import assert_close, environment, error_line, losses, metrics, project_modules, run, start
 from transformers import AutoModelForCausalLM
-from wandb_log import read_wandb
+from wandb_log import history, read_wandb
 
 from common import data, models
 from common.config import load_config
@@ -171,8 +171,12 @@ def test_every_trial_is_a_run_of_one_group_in_the_tracker(whole):
     folder, _, _ = whole
     for number in range(6):
         (file,) = trial(folder, number).glob("wandb/offline-run-*/run-*.wandb")
-        (begun, *_) = [record.run for record in read_wandb(file) if record.HasField("run")]
+        records = read_wandb(file)
+        (begun, *_) = [record.run for record in records if record.HasField("run")]
         assert begun.run_group == "search" and begun.display_name == f"trial-{number:03d}"
+        logged = {step: row["loss"] for step, row in history(records).items() if "loss" in row}
+        assert list(logged.values()) == [loss for loss, _ in losses(trial(folder, number))]
+        assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]  # also of stopped ones
     assert not (folder / "wandb").exists()  # the best one's curve is its trial's
 
 
