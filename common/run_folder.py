@@ -151,7 +151,7 @@ class RunFolder:
         partial.rename(self.model)
 
     def finish(self, status: str, reason: str | None = None, **figures) -> None:
-        """The training is over: `completed`, `interrupted` (and why) or, by a search, `stopped`. Summary, plots, upload.
+        """The training is over: `completed`, `interrupted` (and why), or `stopped` by a search. Summary, plots, upload.
 
         `figures` stand in the summary, in the place of its own where they have their names.
         """
