@@ -143,6 +143,7 @@ def _show(command: list[str], quiet: bool = False) -> None:
     from IPython.display import display
 
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    environment.pop("MPLBACKEND", None)  # the notebook's own, which another environment does not have
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
