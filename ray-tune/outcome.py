@@ -141,7 +141,7 @@ def show(trials: Trials) -> None:
         csv.writer(file).writerows([heading, *rows])
     plots.draw(records, trials, root / "plots")
     print()
-    print_table([heading, *([_short(value) for value in row] for row in rows)])
+    print_table([heading, *([*map(_short, values), f"{seconds:,.1f}"] for *values, seconds in rows)])
     search = read_json(root / "summary.json")["search"]
     if search["completed"] or search["stopped"]:
         total = search["device_seconds"] + search["device_seconds_saved"]
