@@ -54,12 +54,13 @@ OWNED_BY_YAML = {
 
 
 def read_ds_config(
-    key: str, name: str, folder: Path, known: dict[str, Any], owned: dict[str, str]
+    key: str, name: str, folder: Path, known: dict[str, Any], owned: dict[str, str], stage: int, why: str
 ) -> tuple[Path, dict[str, Any]]:
     """The JSON file `name`, a path or a file in `folder`, and the settings in it; `key` is the YAML's for it.
 
-    `known` has the keys that it may hold, with their types; `owned` those that the YAML owns, as `OWNED_BY_YAML`.
-    Raises `UserError` for a missing or broken file, a key that the YAML owns or that is not known, a wrong type.
+    `known` has the keys that it may hold, with their types; `owned` those that the YAML owns, as `OWNED_BY_YAML`;
+    `stage` is ZeRO's that it must have, and `why` the rest of the sentence that says so. Raises `UserError` for a
+    missing or broken file, a key that the YAML owns or that is not known, a wrong type, another stage.
     """
     path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
     if path is None:
@@ -73,6 +74,9 @@ def read_ds_config(
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must hold one object, {{…}}")
     _check(settings, known, owned, path)
+    found = settings.get("zero_optimization", {}).get("stage", "not set")
+    if found != stage:
+        raise UserError(f"{path}: zero_optimization.stage is {found}: set it to {stage}{why}")
     return path, settings
 
 

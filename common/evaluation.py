@@ -335,13 +335,8 @@ def _samples_page(results: dict[str, Any]) -> str:
 
 
 def _print(results: dict[str, Any], run_dir: Path) -> None:
-    base, tuned = results["base"], results["fine_tuned"]
-    rows = [[f"{results['rows']:,} held-out rows", "base", "fine-tuned", "change"]]
-    for label, key, form in report.FIGURES:
-        if key in base:
-            rows.append([label, f"{base[key]:{form}}", f"{tuned[key]:{form}}", f"{tuned[key] - base[key]:+{form}}"])
     print()
-    report.print_table(rows)
+    report.print_table(report.evaluation_rows(results))
     for number, sample in enumerate(results["samples"], 1):
         print(f"\nsample {number}")
         for label, key in SAMPLE_PARTS:

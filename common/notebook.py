@@ -220,8 +220,7 @@ def keep(run: Path, project: str) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
     for path in sorted(target.iterdir()):
-        size = sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
-        print(f"{size / 1e6:12,.2f} MB  {path.name}")
+        print(f"{_bytes(path) / 1e6:12,.2f} MB  {path.name}")
     print(f"in {target}")
     if not completed:
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
@@ -229,7 +228,7 @@ def keep(run: Path, project: str) -> None:
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:
     there = [run / name for name in names if (run / name).exists()]
-    size = sum(p.stat().st_size for path in there for p in [path, *path.rglob("*")] if p.is_file())
+    size = sum(map(_bytes, there))
     if size > KAGGLE_KEEPS_GB * 1e9:
         raise CellFailed(
             f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: {run} is complete"
@@ -239,6 +238,11 @@ def _copy(run: Path, target: Path, names: list[str]) -> None:
         copy = target / path.relative_to(run)
         copy.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
 def find_model(project: str, run: Path, repository: str = "") -> list[str]:
@@ -259,31 +263,26 @@ def show_table(path: Path) -> None:
     """A CSV file; long numbers are shortened."""
     from csv import reader
 
-    from IPython.display import Markdown, display
-
-    heading, *rows = list(reader(path.read_text(encoding="utf-8").splitlines()))
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
-    lines += [
-        [f"{float(cell):.4g}" if re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", cell) else cell for cell in row] for row in rows
-    ]
-    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
+    number = re.compile(r"-?\d*\.\d+(e-?\d+)?")
+    rows = list(reader(path.read_text(encoding="utf-8").splitlines()))
+    _show_rows([[f"{float(cell):.4g}" if number.fullmatch(cell) else cell for cell in row] for row in rows])
 
 
 def show_evaluation(run: Path) -> None:
     """Base against fine-tuned: the table and the plot."""
+    from common.report import evaluation_rows
+
+    _show_rows(evaluation_rows(json.loads((run / "eval.json").read_text())))
+    show_plots(run, "eval")
+
+
+def _show_rows(rows: list[list[str]]) -> None:
+    """A table; the first row is its heading, the first column stands to the left."""
     from IPython.display import Markdown, display
 
-    from common.report import FIGURES
-
-    results = json.loads((run / "eval.json").read_text())
-    base, tuned = results["base"], results["fine_tuned"]
-    rows = ["| held-out rows: " + f"{results['rows']:,} | base | fine-tuned | change |", "|---|---:|---:|---:|"]
-    for label, key, form in FIGURES:
-        if base.get(key) is not None:
-            change = tuned[key] - base[key]
-            rows.append(f"| {label} | {base[key]:{form}} | {tuned[key]:{form}} | {change:+{form}} |")
-    display(Markdown("\n".join(rows)))
-    show_plots(run, "eval")
+    heading, *rest = rows
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rest]
+    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
 
 
 def show_samples(run: Path, count: int) -> None:

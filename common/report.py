@@ -226,6 +226,16 @@ FIGURES = [
 ]
 
 
+def evaluation_rows(results: dict[str, Any]) -> list[list[str]]:
+    """`eval.json` as a table: a heading, then base, fine-tuned and change for each figure that was measured."""
+    base, tuned = results["base"], results["fine_tuned"]
+    rows = [[f"{results['rows']:,} held-out rows", "base", "fine-tuned", "change"]]
+    for label, key, form in FIGURES:
+        if base.get(key) is not None:
+            rows.append([label, f"{base[key]:{form}}", f"{tuned[key]:{form}}", f"{tuned[key] - base[key]:+{form}}"])
+    return rows
+
+
 def _labels(run_dirs: list[Path]) -> dict[str, Path]:
     """A short name for each run: its project, with its folder's name where a project has several runs here."""
     projects = [read_summary(p).get("project", p.name) for p in run_dirs]

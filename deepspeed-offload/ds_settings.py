@@ -41,14 +41,9 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
     Raises `UserError` for a missing or broken file, a key that the YAML owns or that is not known, a wrong type, a
     stage other than 2, and an offload to anything but host memory.
     """
-    path, settings = ds_settings.read_ds_config("offload.ds_config", name, folder, KNOWN, OWNED_BY_YAML)
-    zero = settings.get("zero_optimization", {})
-    if zero.get("stage") != 2:
-        raise UserError(
-            f"{path}: zero_optimization.stage is {zero.get('stage', 'not set')}: set it to 2, which is what this "
-            f"project shows and what its checkpoints hold"
-        )
-    device = zero.get("offload_optimizer", {}).get("device")
+    why = ", which is what this project shows and what its checkpoints hold"
+    path, settings = ds_settings.read_ds_config("offload.ds_config", name, folder, KNOWN, OWNED_BY_YAML, 2, why)
+    device = settings["zero_optimization"].get("offload_optimizer", {}).get("device")
     if device != "cpu":
         raise UserError(f"{path}: zero_optimization.offload_optimizer.device is {device or 'not set'}: set it to cpu")
     return settings

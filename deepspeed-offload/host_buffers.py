@@ -81,29 +81,18 @@ def _adam_w(optimizer, group: int, masters: torch.Tensor, gradients: torch.Tenso
     before = state["step"]
     state["step"] = before + 1
     (beta1, beta2), eps = settings["betas"], settings["eps"]
-    rate, weight_decay = settings["lr"], settings["weight_decay"]
+    hyper = (settings["lr"], beta1, beta2, eps, settings["weight_decay"])
     wide = torch.empty(min(SLICE, len(masters)))
     whole = (masters.detach(), gradients, state["exp_avg"], state["exp_avg_sq"])
     for slices in zip(*(tensor.split(SLICE) for tensor in whole), strict=True):
         weights, gradient, *moments = slices
         gradient = wide[: len(gradient)].copy_(gradient).mul_(factor)
         if compiled:
-            optimizer.ds_opt_adam.adam_update(
-                optimizer.opt_id,
-                state["step"],
-                rate,
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                True,
-                weights,
-                gradient,
-                *moments,
-            )
+            update = optimizer.ds_opt_adam.adam_update
+            update(optimizer.opt_id, state["step"], *hyper, True, weights, gradient, *moments)
         else:
             mean, square = moments
-            options = {"beta1": beta1, "beta2": beta2, "lr": rate, "weight_decay": weight_decay, "eps": eps}
+            options = dict(zip(("lr", "beta1", "beta2", "eps", "weight_decay"), hyper, strict=True))
             adamw([weights], [gradient], [mean], [square], [], [before.clone()], fused=True, amsgrad=False,
                   maximize=False, **options)  # fmt: skip
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from common import ds_settings
-from common.errors import UserError
 
 # What the JSON may hold. DeepSpeed knows more keys; those have no place in a pipeline with ZeRO-1.
 KNOWN: dict[str, Any] = {
@@ -32,11 +31,5 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
     Raises `UserError` for a missing or broken file, a key that the YAML owns or that is not known, a wrong type, and a
     stage of ZeRO other than 1.
     """
-    path, settings = ds_settings.read_ds_config("pipeline.ds_config", name, folder, KNOWN, OWNED_BY_YAML)
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage != 1:
-        raise UserError(
-            f"{path}: zero_optimization.stage is {'not set' if stage is None else stage}: set it to 1; a pipeline adds "
-            f"up a step's gradients whole, so that ZeRO may only deal out the optimizer's state"
-        )
-    return settings
+    why = "; a pipeline adds up a step's gradients whole, so that ZeRO may only deal out the optimizer's state"
+    return ds_settings.read_ds_config("pipeline.ds_config", name, folder, KNOWN, OWNED_BY_YAML, 1, why)[1]
