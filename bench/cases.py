@@ -67,6 +67,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str]) ->
             command,
             cwd=REPOSITORY,
             env=os.environ
+            | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as launch.sh does
             | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
             | case.variables,
             stdout=subprocess.PIPE,
@@ -106,7 +107,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     `more` gives what else belongs into the record of a run that completed.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder made by bench/real_shapes.py; its weights are random")
+    parser.add_argument("--model", help="a folder made by bench/real_shapes.py, with its random weights or without")
     parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's data set")
     parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
     parser.add_argument(
@@ -122,7 +123,9 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         sys.exit(f"error: these cases need {gpus} GPUs, and this machine has {torch.cuda.device_count()}")
     settings = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "train.learning_rate=1e-4"]
     if arguments.model:
-        settings += [f"model.name={arguments.model}", "model.random_weights=true"]
+        settings.append(f"model.name={arguments.model}")
+        if not list(Path(arguments.model).glob("*.safetensors")):
+            settings.append("model.random_weights=true")
     if arguments.text:
         settings.append(f"data.name={arguments.text}")
     source = {

@@ -1,9 +1,13 @@
-"""Model folders with the real shapes and no weights, to measure speed and memory where the Hub cannot be reached.
+"""Model folders with the real shapes, to measure speed and memory where the Hub cannot be reached.
 
     python bench/real_shapes.py Qwen/Qwen2-0.5B-Instruct FOLDER TEXT.jsonl
 
 writes `config.json` (the published architecture) and a byte-level BPE tokenizer trained on TEXT.jsonl. Train it with
 `model.name=FOLDER model.random_weights=true`: speed and memory do not depend on the weights' values.
+
+    python bench/real_shapes.py --weights FOLDER
+
+adds random weights in bf16, as most are published: a run then reads them as it would read those of the Hub.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import sys
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # The fields of each published config.json that decide shapes and arithmetic.
 SHAPES = {
@@ -60,6 +64,13 @@ def read_texts(path: Path) -> list[str]:
     return ["\n".join(str(value) for value in row.values()) for row in rows]
 
 
+def write_weights(folder: Path) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).bfloat16().save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    model_name, target, text_file = sys.argv[1:]
-    write_model_folder(model_name, Path(target), read_texts(Path(text_file)))
+    if sys.argv[1] == "--weights":
+        write_weights(Path(sys.argv[2]))
+    else:
+        model_name, target, text_file = sys.argv[1:]
+        write_model_folder(model_name, Path(target), read_texts(Path(text_file)))

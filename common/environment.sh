@@ -28,3 +28,5 @@ elif [[ -n $missing ]]; then
     exit 2
 fi
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} # `common`, also where the package is not installed
+# When one process ends with an error, the C++ parts of the others print stack traces over its error line.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

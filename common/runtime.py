@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,11 +115,17 @@ def check_finite(step: int, loss: float, skipped: int) -> None:
 
 
 def only_main_shows_progress(is_main: bool) -> None:
-    """Silence the libraries' progress bars: those of short work everywhere, those of downloads on all ranks but one."""
+    """Silence the libraries' progress bars: those of short work everywhere, those of downloads on all ranks but one.
+
+    And what torch says of things that are right here: each process has set its device before the first barrier, and
+    the thread that runs the backward gets its CUDA context as it starts.
+    """
     import datasets
     import huggingface_hub.utils
     import transformers
 
+    for message in (r"barrier\(\): using the device", "Attempting to run cuBLAS, but there was no current CUDA"):
+        warnings.filterwarnings("ignore", message, UserWarning)
     transformers.utils.logging.disable_progress_bar()
     if not is_main:
         datasets.disable_progress_bars()

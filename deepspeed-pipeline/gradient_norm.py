@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SLICE = 2**23  # elements
+
 
 def sum_once(zero) -> None:
     """Make DeepSpeed's optimizer `zero` take the global norm from `global_norm`, for any groups on any stage."""
@@ -20,13 +22,15 @@ def sum_once(zero) -> None:
 def global_norm(zero) -> Tensor:
     """The norm of the whole model's gradients (× the loss scale), each element once: not of a tied parameter's copies.
 
-    In fp64: PyTorch's fp32 norm of millions of elements is off by percents on a CPU.
+    In fp64: PyTorch's fp32 norm of millions of elements is off by percents on a CPU. Slice by slice, for on a GPU the
+    slice is copied to fp64 first: of a 128k embedding that would be 2 GiB.
     """
     squares = torch.zeros((), dtype=torch.float64, device=zero.device)
     for group, parameters in enumerate(zero.params_in_partition):
         # Behind the gradients of this rank's parameters there may be padding.
         for gradient, parameter in zip(zero.averaged_gradients[group], parameters, strict=False):
             if not parameter.ds_pipe_replicated:
-                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+                for part in gradient.flatten().split(SLICE):
+                    squares += torch.linalg.vector_norm(part, dtype=torch.float64).square()
     dist.all_reduce(squares)
     return squares.sqrt().float()
