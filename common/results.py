@@ -44,7 +44,7 @@ def machine(records: list[dict]) -> str:
     gpus = shared(records, lambda r: f"{len(r['environment']['gpus'])} × {r['environment']['gpus'][0]['name']}")
     versions = shared(records, lambda r: f"torch {r['environment']['versions']['torch']}, {r['date']}")
     weights, text = (shared(records, lambda r, key=key: r.get(key, "not recorded")) for key in ("weights", "text"))
-    form = shared(records, lambda r: f"{r['settings']['data.max_length']} tokens, {r['settings']['train.precision']}")
+    form = shared(records, lambda r: f"{r['settings']['data.max_length']} tokens in {r['settings']['train.precision']}")
     return f"{gpus}, {versions}. Weights: {weights}. Text: {text}, {form}"
 
 
@@ -160,9 +160,11 @@ def offload_table(folder: Path, *names: str) -> str:
         "run": lambda r: r["label"],
         "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "seconds a step": lambda r: f"{r['last_steps'][0]['step_seconds']:.2f}" if r["last_steps"] else "–",
+        "seconds a step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
         "GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
         "host peak GiB": figure("{peak_host_gib:.1f}"),
+        "GPUs": lambda r: r["gpus"],
+        "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
     limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
     return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
@@ -200,6 +202,8 @@ def offload_headline(folder: Path, name: str) -> str:
     )
 
 
+OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
+
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
@@ -218,8 +222,8 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "pytorch-fsdp arithmetic": (arithmetic_table, "micro-1", "micro-4", "micro-8", "micro-4-no-sync", "offload"),
     "pytorch-fsdp io": (io_table, "io"),
     "pytorch-fsdp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-8"),
-    "deepspeed-offload speed": (offload_table, "512-micro-32", "1024-micro-16"),
-    "deepspeed-offload prediction": (prediction_table, "512-micro-32", "1024-micro-16"),
+    "deepspeed-offload speed": (offload_table, *OFFLOAD_CASES),
+    "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }

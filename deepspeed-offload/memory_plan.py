@@ -83,9 +83,9 @@ def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: 
         # they are tied; gradients in buckets: one that fills, one that leaves (overlap_comm), one that is summed.
         "layers": b * (inputs + backward + (kept if checkpointing else 0) + model.head)
         + b * bucket * (3 if zero.get("overlap_comm") else 2),
-        # The embedding's gradient: the head's part, its own, their sum, two copies in the reduction; a third in fp32
-        # where DeepSpeed's own buffers stay.
-        "embedding": (5 * b + (4 if own_buffers(settings) else 0)) * model.head,
+        # The embedding's gradient: the head's part, its own, their sum, and what the reduction takes, which was
+        # measured as three copies more (half a copy above that with DeepSpeed's own buffers).
+        "embedding": 6 * b * model.head,
     }
     step = max(phases, key=phases.get)
     return {
