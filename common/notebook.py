@@ -142,11 +142,12 @@ def _show(command: list[str], quiet: bool = False) -> None:
     """Run `command`: a progress bar stays in one place; lines are printed, if `quiet` only where the command fails."""
     from IPython.display import display
 
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MPLBACKEND", None)  # the notebook's own, which another environment does not have
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for name, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", REPOSITORY)):
+        environment[name] = os.pathsep.join([str(first), *filter(None, [environment.get(name)])])
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     bar, printed = None, []
     try:
