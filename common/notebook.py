@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
 KAGGLE_KEEPS_GB = 20  # of /kaggle/working, when a session ends
+BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
 RECORDS = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "plots", "eval.json", "samples.md"]
 
 
@@ -42,11 +44,11 @@ def install(extra: str) -> None:
     torch = _version("torch")
     if lacking:
         print(f"installing {', '.join(lacking)} ...", flush=True)
-        constraint = REPOSITORY / ".torch-constraint.txt"
-        constraint.write_text(f"torch=={torch}\n" if torch else "")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint), *lacking]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        constraint.unlink()
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
+            constraint.write(f"torch=={torch}\n" if torch else "")
+            constraint.flush()
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraint.name, *lacking]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise CellFailed(f"pip could not install {', '.join(lacking)}:\n{done.stdout[-2000:]}")
         importlib.invalidate_caches()
@@ -89,8 +91,10 @@ def check_machine(wanted_gpus: int = 2) -> None:
     import psutil
 
     found = gpus()
-    for gpu in found or [{"name": "no GPU: two processes on the CPU", "memory": "–", "capability": "–"}]:
+    for gpu in found:
         print(f"GPU     {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
+    if not found:
+        print("GPU     none: two processes on the CPU")
     print(f"CPU     {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
     print(f"disk    {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
     print(f"Python  {platform.python_version()}")
@@ -152,13 +156,15 @@ def _show(command: list[str], quiet: bool = False) -> None:
     bar, printed = None, []
     try:
         for line, is_complete in _lines(process):
+            if not line.strip():  # a bar that was taken away: its last state stays
+                continue
             if not is_complete:
                 shown = {"text/plain": line}
                 if bar is None:
                     bar = display(shown, raw=True, display_id=True)
                 else:
                     bar.update(shown, raw=True)
-            elif line.strip() and "%|" not in line:  # a bar's last state stands already
+            elif not BAR.search(line):  # a bar's last state stands already
                 printed.append(line)
                 if not quiet:
                     print(line, flush=True)
@@ -221,7 +227,7 @@ def keep(run: Path, project: str) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
     for path in sorted(target.iterdir()):
-        print(f"{_bytes(path) / 1e6:12,.2f} MB  {path.name}")
+        print(f"{_bytes(path) / 1e6:12,.3f} MB  {path.name}")
     print(f"in {target}")
     if not completed:
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
