@@ -24,7 +24,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
 KAGGLE_KEEPS_GB = 20  # of /kaggle/working, when a session ends
 BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
-RECORDS = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "plots", "eval.json", "samples.md"]
+RECORDS = [
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+    "plots",
+    "eval.json",
+    "samples.md",
+    "trials.csv",
+]
 
 
 class CellFailed(Exception):
@@ -54,7 +63,8 @@ def install(extra: str) -> None:
         importlib.invalidate_caches()
     shown = ["torch", "transformers", "datasets", "accelerate"]
     shown += [name for name in map(_name, project["optional-dependencies"][extra]) if name not in shown]
-    print("  ".join(f"{name} {_version(name)}" for name in shown))
+    for name in shown:
+        print(f"{name:15} {_version(name)}")
 
 
 def _name(requirement: str) -> str:
@@ -92,12 +102,12 @@ def check_machine(wanted_gpus: int = 2) -> None:
 
     found = gpus()
     for gpu in found:
-        print(f"GPU     {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
+        print(f"{'GPU':15} {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
     if not found:
-        print("GPU     none: two processes on the CPU")
-    print(f"CPU     {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
-    print(f"disk    {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
-    print(f"Python  {platform.python_version()}")
+        print(f"{'GPU':15} none: two processes on the CPU")
+    print(f"{'CPU':15} {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
+    print(f"{'disk':15} {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
+    print(f"{'Python':15} {platform.python_version()}")
     if any(gpu["capability"].startswith("6.") for gpu in found):
         print("warning: current builds of PyTorch have no code for a P100: choose the accelerator «GPU T4 x2»")
     elif found and len(found) < wanted_gpus:
@@ -114,7 +124,7 @@ def use_secrets(*names: str) -> None:
                 os.environ[name] = UserSecretsClient().get_secret(name)
             except Exception:  # not on Kaggle, no such secret, no internet: its client has an error for each
                 os.environ.pop(name, None)
-        print(f"{name:16} {'is set' if os.environ.get(name) else 'is not set'}")
+        print(f"{name:15} {'is set' if os.environ.get(name) else 'is not set'}")
 
 
 def runs_folder() -> Path:
@@ -124,8 +134,13 @@ def runs_folder() -> Path:
     return folder
 
 
-def earlier_checkpoint(project: str) -> list[str]:
-    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none."""
+def earlier_checkpoint(project: str, run: Path) -> list[str]:
+    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none.
+
+    Where `run` has checkpoints of its own, this session has gone on already: by itself, the run takes the newest.
+    """
+    if any((run / "checkpoints").glob("step-*")):
+        return []
     found = sorted((KAGGLE / "input").glob(f"**/{project}/checkpoints/step-*"), key=lambda path: path.name)
     return [f"checkpoint.resume={found[-1]}"] if found else []
 
@@ -189,10 +204,11 @@ def _lines(process: subprocess.Popen) -> Iterator[tuple[str, bool]]:
 
 
 def show_figure(path: str) -> None:
-    """A drawing of the repository's."""
+    """A drawing of the repository's, no wider than the page."""
     from IPython.display import SVG, display
 
-    display(SVG(filename=REPOSITORY / path))
+    drawing = (REPOSITORY / path).read_text(encoding="utf-8")
+    display(SVG(data=drawing.replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)))
 
 
 def show_plots(run: Path, *names: str) -> None:
@@ -201,7 +217,9 @@ def show_plots(run: Path, *names: str) -> None:
 
     for name in names:
         if (path := run / "plots" / f"{name}.png").is_file():
-            display(Image(filename=path, width=720, alt=f"{name} of the run"))
+            data = path.read_bytes()
+            pixels = int.from_bytes(data[16:20])  # where a PNG has its width
+            display(Image(data=data, width=min(pixels * 3 // 4, 960), alt=f"{name} of the run"))
 
 
 def show_measured(project: str) -> None:
@@ -226,11 +244,14 @@ def keep(run: Path, project: str) -> None:
         target = KAGGLE / "working" / project
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
-    for path in sorted(target.iterdir()):
-        print(f"{_bytes(path) / 1e6:12,.3f} MB  {path.name}")
+    for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
+        size = _bytes(path)
+        print(f"{size / 1e6:9,.1f} MB  {path.name}" if size >= 1e5 else f"{size / 1e3:9,.1f} kB  {path.name}")
     print(f"in {target}")
-    if not completed:
+    if not completed and (target / "checkpoints").is_dir():
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
+    elif not completed:
+        print("The run is not complete, and what it would go on from is too large to keep: train on in this session.")
 
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:
@@ -252,6 +273,12 @@ def _bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
+def training_run(project: str, run: Path) -> Path:
+    """Where the fine-tuned model and its training's records are: this session's `run`, or one attached as input."""
+    attached = sorted((KAGGLE / "input").glob(f"**/{project}/model"))
+    return next((path.parent for path in (run / "model", *attached) if path.is_dir()), run)
+
+
 def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     """The setting that names the fine-tuned model: a Hub repository, this session's run, or one attached as input.
 
@@ -259,11 +286,10 @@ def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     """
     if repository:
         return [f"eval.model={repository}"]
-    attached = sorted((KAGGLE / "input").glob(f"**/{project}/model"))
-    found = [path for path in (run / "model", *attached) if path.is_dir()]
-    if not found:
+    model = training_run(project, run) / "model"
+    if not model.is_dir():
         raise CellFailed(f"no fine-tuned model in {run}: run train.ipynb first, or set MODEL to a Hub repository")
-    return [f"eval.model={found[0]}"]
+    return [f"eval.model={model}"]
 
 
 def show_table(path: Path) -> None:
@@ -302,7 +328,7 @@ def show_samples(run: Path, count: int) -> None:
     columns = list(samples[0])
     style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 25%"
     rows = [[sample[column] or "" for column in columns] for sample in samples]
-    head = "".join(f'<th style="{style}">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th style="{style}">{escape(column.replace("_", "-"))}</th>' for column in columns)
     body = "".join(
         "<tr>" + "".join(f'<td style="{style}">{escape(text)}</td>' for text in row) + "</tr>" for row in rows
     )

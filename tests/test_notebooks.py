@@ -98,7 +98,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     if project != "llm-foundry-finetune":  # whose first steps of 85 of warm-up to 1e-6 move nothing
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert len([record for record in metrics(run) if "loss" in record]) == steps
-    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "GPU     none" in trained
+    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "none: two processes" in trained
     uploaded, names = hub.root / "models/writer" / project, yaml.safe_load((run / "config.yaml").read_text())
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "model")("We show that")["input_ids"]])
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert results["environment"]["world_size"] == 2 and results["samples"][0]["fine_tuned"][:10] in evaluated
 
     # The token is in nothing that was written or shown.
-    assert "HF_TOKEN         is set" in trained and "hf_writer" not in trained + evaluated
+    assert "HF_TOKEN        is set" in trained and "hf_writer" not in trained + evaluated
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 15 and not [path for path in written if b"hf_writer" in path.read_bytes()]
 
@@ -179,18 +179,28 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
         (run / name / "file").write_text("x" * 1000)
     (run / "metrics.jsonl").write_text("{}\n")
     (run / "summary.json").write_text('{"status": "interrupted"}')
-    assert notebook.earlier_checkpoint("pytorch-ddp") == []
+    assert notebook.earlier_checkpoint("pytorch-ddp", tmp_path / "new") == []
     notebook.keep(run, "pytorch-ddp")
     kept = tmp_path / "working/pytorch-ddp"
     assert sorted(path.name for path in kept.iterdir()) == ["checkpoints", "metrics.jsonl", "summary.json"]
     assert "not complete" in capsys.readouterr().out
     kept.rename(tmp_path / "input/earlier/pytorch-ddp")
-    (setting,) = notebook.earlier_checkpoint("pytorch-ddp")
+    assert notebook.earlier_checkpoint("pytorch-ddp", run) == []  # it has its own
+    (setting,) = notebook.earlier_checkpoint("pytorch-ddp", tmp_path / "new")
     assert setting == f"checkpoint.resume={tmp_path}/input/earlier/pytorch-ddp/checkpoints/step-00000004"
 
     (run / "summary.json").write_text('{"status": "completed"}')
     notebook.keep(run, "pytorch-ddp")
     assert sorted(path.name for path in kept.iterdir()) == ["metrics.jsonl", "model", "summary.json"]
+    kept.rename(tmp_path / "input/pytorch-ddp")
+    assert notebook.training_run("pytorch-ddp", run) == run  # this session's own comes first
+    assert notebook.find_model("pytorch-ddp", tmp_path / "new") == [f"eval.model={tmp_path}/input/pytorch-ddp/model"]
     monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
     with pytest.raises(notebook.CellFailed, match="more than"):
         notebook.keep(run, "pytorch-ddp")
+
+    search = notebook.runs_folder() / "ray-tune"  # its trials are no run's checkpoints
+    (search / "trials").mkdir(parents=True)
+    (search / "summary.json").write_text('{"status": "interrupted"}')
+    notebook.keep(search, "ray-tune")
+    assert "in this session" in capsys.readouterr().out
