@@ -259,7 +259,8 @@ def _copy(run: Path, target: Path, names: list[str]) -> None:
     size = sum(map(_bytes, there))
     if size > KAGGLE_KEEPS_GB * 1e9:
         raise CellFailed(
-            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: {run} is complete"
+            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
+            f"are in {run}"
         )
     shutil.rmtree(target, ignore_errors=True)
     for path in there:

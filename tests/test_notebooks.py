@@ -195,12 +195,12 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
     kept.rename(tmp_path / "input/pytorch-ddp")
     assert notebook.training_run("pytorch-ddp", run) == run  # this session's own comes first
     assert notebook.find_model("pytorch-ddp", tmp_path / "new") == [f"eval.model={tmp_path}/input/pytorch-ddp/model"]
-    monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
-    with pytest.raises(notebook.CellFailed, match="more than"):
-        notebook.keep(run, "pytorch-ddp")
-
     search = notebook.runs_folder() / "ray-tune"  # its trials are no run's checkpoints
     (search / "trials").mkdir(parents=True)
     (search / "summary.json").write_text('{"status": "interrupted"}')
     notebook.keep(search, "ray-tune")
     assert "in this session" in capsys.readouterr().out
+
+    monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
+    with pytest.raises(notebook.CellFailed, match="more than"):
+        notebook.keep(run, "pytorch-ddp")
