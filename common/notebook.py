@@ -23,6 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
 KAGGLE_KEEPS_GB = 20  # of /kaggle/working, when a session ends
+PAGE_WIDTH = 840  # pixels that an output has in nbconvert's page
 BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
 RECORDS = [
     "config.yaml",
@@ -208,7 +209,9 @@ def show_figure(path: str) -> None:
     from IPython.display import SVG, display
 
     drawing = (REPOSITORY / path).read_text(encoding="utf-8")
-    display(SVG(data=drawing.replace("<svg ", '<svg style="max-width: 100%; height: auto" ', 1)))
+    width, height = re.search(r'<svg [^>]*?width="(\d+)" height="(\d+)"', drawing).groups()
+    smaller = f'width="{PAGE_WIDTH}" height="{int(height) * PAGE_WIDTH // int(width)}"'  # its viewBox scales it
+    display(SVG(data=drawing.replace(f'width="{width}" height="{height}"', smaller, 1)))
 
 
 def show_plots(run: Path, *names: str) -> None:
@@ -219,7 +222,7 @@ def show_plots(run: Path, *names: str) -> None:
         if (path := run / "plots" / f"{name}.png").is_file():
             data = path.read_bytes()
             pixels = int.from_bytes(data[16:20])  # where a PNG has its width
-            display(Image(data=data, width=min(pixels * 3 // 4, 960), alt=f"{name} of the run"))
+            display(Image(data=data, width=min(pixels * 3 // 4, PAGE_WIDTH), alt=f"{name} of the run"))
 
 
 def show_measured(project: str) -> None:
