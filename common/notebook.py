@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,18 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
 KAGGLE_KEEPS_GB = 20  # of /kaggle/working, when a session ends
-RECORDS = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "plots", "eval.json", "samples.md"]
+PAGE_WIDTH = 840  # pixels that an output has in nbconvert's page
+BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's [elapsed<remaining, rate]
+RECORDS = [
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+    "plots",
+    "eval.json",
+    "samples.md",
+    "trials.csv",
+]
 
 
 class CellFailed(Exception):
@@ -42,17 +54,18 @@ def install(extra: str) -> None:
     torch = _version("torch")
     if lacking:
         print(f"installing {', '.join(lacking)} ...", flush=True)
-        constraint = REPOSITORY / ".torch-constraint.txt"
-        constraint.write_text(f"torch=={torch}\n" if torch else "")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraint), *lacking]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        constraint.unlink()
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraint:
+            constraint.write(f"torch=={torch}\n" if torch else "")
+            constraint.flush()
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraint.name, *lacking]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise CellFailed(f"pip could not install {', '.join(lacking)}:\n{done.stdout[-2000:]}")
         importlib.invalidate_caches()
     shown = ["torch", "transformers", "datasets", "accelerate"]
     shown += [name for name in map(_name, project["optional-dependencies"][extra]) if name not in shown]
-    print("  ".join(f"{name} {_version(name)}" for name in shown))
+    for name in shown:
+        print(f"{name:15} {_version(name)}")
 
 
 def _name(requirement: str) -> str:
@@ -89,11 +102,13 @@ def check_machine(wanted_gpus: int = 2) -> None:
     import psutil
 
     found = gpus()
-    for gpu in found or [{"name": "no GPU: two processes on the CPU", "memory": "–", "capability": "–"}]:
-        print(f"GPU     {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
-    print(f"CPU     {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
-    print(f"disk    {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
-    print(f"Python  {platform.python_version()}")
+    for gpu in found:
+        print(f"{'GPU':15} {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
+    if not found:
+        print(f"{'GPU':15} none: two processes on the CPU")
+    print(f"{'CPU':15} {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
+    print(f"{'disk':15} {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
+    print(f"{'Python':15} {platform.python_version()}")
     if any(gpu["capability"].startswith("6.") for gpu in found):
         print("warning: current builds of PyTorch have no code for a P100: choose the accelerator «GPU T4 x2»")
     elif found and len(found) < wanted_gpus:
@@ -110,7 +125,7 @@ def use_secrets(*names: str) -> None:
                 os.environ[name] = UserSecretsClient().get_secret(name)
             except Exception:  # not on Kaggle, no such secret, no internet: its client has an error for each
                 os.environ.pop(name, None)
-        print(f"{name:16} {'is set' if os.environ.get(name) else 'is not set'}")
+        print(f"{name:15} {'is set' if os.environ.get(name) else 'is not set'}")
 
 
 def runs_folder() -> Path:
@@ -120,8 +135,13 @@ def runs_folder() -> Path:
     return folder
 
 
-def earlier_checkpoint(project: str) -> list[str]:
-    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none."""
+def earlier_checkpoint(project: str, run: Path) -> list[str]:
+    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none.
+
+    Where `run` has checkpoints of its own, this session has gone on already: by itself, the run takes the newest.
+    """
+    if any((run / "checkpoints").glob("step-*")):
+        return []
     found = sorted((KAGGLE / "input").glob(f"**/{project}/checkpoints/step-*"), key=lambda path: path.name)
     return [f"checkpoint.resume={found[-1]}"] if found else []
 
@@ -142,22 +162,25 @@ def _show(command: list[str], quiet: bool = False) -> None:
     """Run `command`: a progress bar stays in one place; lines are printed, if `quiet` only where the command fails."""
     from IPython.display import display
 
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MPLBACKEND", None)  # the notebook's own, which another environment does not have
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for name, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", REPOSITORY)):
+        environment[name] = os.pathsep.join([str(first), *filter(None, [environment.get(name)])])
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment | {"PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     bar, printed = None, []
     try:
         for line, is_complete in _lines(process):
+            if not line.strip():  # a bar that was taken away: its last state stays
+                continue
             if not is_complete:
                 shown = {"text/plain": line}
                 if bar is None:
                     bar = display(shown, raw=True, display_id=True)
                 else:
                     bar.update(shown, raw=True)
-            elif line.strip() and "%|" not in line:  # a bar's last state stands already
+            elif not BAR.search(line):  # a bar's last state stands already
                 printed.append(line)
                 if not quiet:
                     print(line, flush=True)
@@ -182,10 +205,13 @@ def _lines(process: subprocess.Popen) -> Iterator[tuple[str, bool]]:
 
 
 def show_figure(path: str) -> None:
-    """A drawing of the repository's."""
+    """A drawing of the repository's, no wider than the page."""
     from IPython.display import SVG, display
 
-    display(SVG(filename=REPOSITORY / path))
+    drawing = (REPOSITORY / path).read_text(encoding="utf-8")
+    width, height = re.search(r'<svg [^>]*?width="(\d+)" height="(\d+)"', drawing).groups()
+    smaller = f'width="{PAGE_WIDTH}" height="{int(height) * PAGE_WIDTH // int(width)}"'  # its viewBox scales it
+    display(SVG(data=drawing.replace(f'width="{width}" height="{height}"', smaller, 1)))
 
 
 def show_plots(run: Path, *names: str) -> None:
@@ -194,7 +220,9 @@ def show_plots(run: Path, *names: str) -> None:
 
     for name in names:
         if (path := run / "plots" / f"{name}.png").is_file():
-            display(Image(filename=path, width=720, alt=f"{name} of the run"))
+            data = path.read_bytes()
+            pixels = int.from_bytes(data[16:20])  # where a PNG has its width
+            display(Image(data=data, width=min(pixels * 3 // 4, PAGE_WIDTH), alt=f"{name} of the run"))
 
 
 def show_measured(project: str) -> None:
@@ -219,11 +247,14 @@ def keep(run: Path, project: str) -> None:
         target = KAGGLE / "working" / project
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
-    for path in sorted(target.iterdir()):
-        print(f"{_bytes(path) / 1e6:12,.2f} MB  {path.name}")
+    for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
+        size = _bytes(path)
+        print(f"{size / 1e6:9,.1f} MB  {path.name}" if size >= 1e5 else f"{size / 1e3:9,.1f} kB  {path.name}")
     print(f"in {target}")
-    if not completed:
+    if not completed and (target / "checkpoints").is_dir():
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
+    elif not completed:
+        print("The run is not complete, and what it would go on from is too large to keep: train on in this session.")
 
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:
@@ -231,7 +262,8 @@ def _copy(run: Path, target: Path, names: list[str]) -> None:
     size = sum(map(_bytes, there))
     if size > KAGGLE_KEEPS_GB * 1e9:
         raise CellFailed(
-            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: {run} is complete"
+            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
+            f"are in {run}"
         )
     shutil.rmtree(target, ignore_errors=True)
     for path in there:
@@ -245,6 +277,12 @@ def _bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
+def training_run(project: str, run: Path) -> Path:
+    """Where the fine-tuned model and its training's records are: this session's `run`, or one attached as input."""
+    attached = sorted((KAGGLE / "input").glob(f"**/{project}/model"))
+    return next((path.parent for path in (run / "model", *attached) if path.is_dir()), run)
+
+
 def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     """The setting that names the fine-tuned model: a Hub repository, this session's run, or one attached as input.
 
@@ -252,11 +290,10 @@ def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     """
     if repository:
         return [f"eval.model={repository}"]
-    attached = sorted((KAGGLE / "input").glob(f"**/{project}/model"))
-    found = [path for path in (run / "model", *attached) if path.is_dir()]
-    if not found:
+    model = training_run(project, run) / "model"
+    if not model.is_dir():
         raise CellFailed(f"no fine-tuned model in {run}: run train.ipynb first, or set MODEL to a Hub repository")
-    return [f"eval.model={found[0]}"]
+    return [f"eval.model={model}"]
 
 
 def show_table(path: Path) -> None:
@@ -295,7 +332,7 @@ def show_samples(run: Path, count: int) -> None:
     columns = list(samples[0])
     style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 25%"
     rows = [[sample[column] or "" for column in columns] for sample in samples]
-    head = "".join(f'<th style="{style}">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th style="{style}">{escape(column.replace("_", "-"))}</th>' for column in columns)
     body = "".join(
         "<tr>" + "".join(f'<td style="{style}">{escape(text)}</td>' for text in row) + "</tr>" for row in rows
     )

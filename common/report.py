@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global state, and nothing that looks for a screen
+from matplotlib.ticker import PercentFormatter
 
 from common import errors
 from common.errors import UserError
@@ -212,6 +213,8 @@ def plot_evaluation(run_dir: str | Path) -> Path:
         axes.set_ylim(0, max(values) * 1.15 or 1)
         axes.grid(axis="x", visible=False)
         axes.tick_params(axis="y", labelsize=8)
+        if form.endswith("%"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
     return save_figure(figure, Path(run_dir) / "plots" / "eval.png")
 
 

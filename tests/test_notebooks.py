@@ -3,18 +3,19 @@
 import ast
 import json
 import subprocess
+import sys
 
+import jupytext
 import nbformat
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, refused
 from launching import environment, metrics
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import notebook, notebook_files
+from common import notebook, notebook_files, notebook_record
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
 PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
@@ -73,10 +74,11 @@ def test_the_files_are_those_of_their_sources(tmp_path):
 def execute(path, edits: list[str], folder, **variables: str) -> str:
     """Run all cells in `folder`, with `edits` below the parameters; what they printed and displayed."""
     found = nbformat.read(path, 4)
-    (parameters,) = (cell for cell in found.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = "\n".join([parameters.source, *edits])
-    client = NotebookClient(found, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
-    client.execute(env=environment(**variables))
+    notebook_record.execute(found, edits, folder, env=environment(**variables))
+    return shown(found)
+
+
+def shown(found: nbformat.NotebookNode) -> str:
     outputs = [output for cell in found.cells for output in cell.get("outputs", [])]
     return "\n".join(str(output.get("text") or output.data) for output in outputs)
 
@@ -96,7 +98,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     if project != "llm-foundry-finetune":  # whose first steps of 85 of warm-up to 1e-6 move nothing
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert len([record for record in metrics(run) if "loss" in record]) == steps
-    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "GPU     no GPU" in trained
+    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "none: two processes" in trained
     uploaded, names = hub.root / "models/writer" / project, yaml.safe_load((run / "config.yaml").read_text())
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "model")("We show that")["input_ids"]])
     with torch.no_grad():
@@ -121,39 +123,49 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert results["environment"]["world_size"] == 2 and results["samples"][0]["fine_tuned"][:10] in evaluated
 
     # The token is in nothing that was written or shown.
-    assert "HF_TOKEN         is set" in trained and "hf_writer" not in trained + evaluated
+    assert "HF_TOKEN        is set" in trained and "hf_writer" not in trained + evaluated
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(written) > 15 and not [path for path in written if b"hf_writer" in path.read_bytes()]
 
 
 @pytest.mark.slow
-def test_a_failing_training_fails_its_cell_with_the_scripts_error_line(tmp_path):
+def test_an_evaluation_without_a_training_says_which_notebook_to_run(tmp_path):
     folder = REPOSITORY / "pytorch-ddp/notebooks"
-    run = f"RUN = Path({str(tmp_path / 'run')!r})"
-    edits = [run, 'CONFIG = "smoke.yaml"', 'SETTINGS = ["train.learnin_rate=1"]']
-    with pytest.raises(CellExecutionError) as caught:
-        execute(folder / "train.ipynb", edits, folder)
-    assert "error: " in str(caught.value) and "learnin_rate" in str(caught.value)
     with pytest.raises(CellExecutionError, match=r"run train\.ipynb first"):
-        execute(folder / "eval.ipynb", [run, 'CONFIG = "smoke.yaml"'], folder)
+        execute(folder / "eval.ipynb", [f"RUN = Path({str(tmp_path)!r})"], folder)
 
 
 @pytest.mark.slow
-def test_away_from_the_repository_the_code_is_fetched(tmp_path):
+def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what_is_shown(tmp_path):
     """As on Kaggle, where there is nothing but the notebook. The address is that of this repository's own folder."""
-    path = tmp_path / "train.ipynb"
-    address = notebook_files.ADDRESS.search((REPOSITORY / "pytorch-ddp/notebooks/train.py").read_text())[1]
+    source = (REPOSITORY / "pytorch-ddp/notebooks/train.py").read_text()
+    address = notebook_files.ADDRESS.search(source)[1]
     revision = subprocess.run(
         ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    source = (REPOSITORY / "pytorch-ddp/notebooks/train.ipynb").read_text()
-    path.write_text(source.replace(address, str(REPOSITORY)).replace('\\"main\\"', f'\\"{revision}\\"'))
-    edits = ['CONFIG = "smoke.yaml"', 'SETTINGS = ["train.max_steps=2"]']
-    printed = execute(path, edits, tmp_path, GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="safe.directory",
-                      GIT_CONFIG_VALUE_0="*", PYTHONPATH="")  # fmt: skip
+    path = tmp_path / "train.py"
+    path.write_text(source.replace(address, str(REPOSITORY)).replace('"main"', f'"{revision}"'))
+    safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
+    settings = ["model.name=tiny:qwen2", "data.name=pydoc", "data.train_rows=99", "data.eval_rows=9",
+                "data.max_length=64"]  # fmt: skip
+
+    def record(*settings: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "common.notebook_record", str(path), *settings]
+        return subprocess.run(command, cwd=REPOSITORY, env=environment(**safe), capture_output=True, text=True)
+
+    failed = record("train.max_step=2")
+    line = failed.stderr.splitlines()[-1]  # the training's error line fails its cell, and the recording
+    assert failed.returncode == 2 and "CellFailed: error: " in line and "max_step" in line, failed
+    assert not path.with_suffix(".ipynb").exists()
+    done = record(*settings, "train.max_steps=2")
+    assert done.returncode == 0, done
     clone = tmp_path / "multi-gpu-fine-tuning"
     assert json.loads((clone / "runs/pytorch-ddp/summary.json").read_text())["status"] == "completed"
-    assert f"in {clone}/runs/pytorch-ddp" in printed
+    recorded = nbformat.read(path.with_suffix(".ipynb"), 4)
+    assert [cell.source for cell in recorded.cells] == [cell.source for cell in jupytext.read(path).cells]
+    assert "train.max_steps=2" in shown(recorded) and "image/png" in shown(recorded)
+    assert f"in {clone}/runs/pytorch-ddp" in shown(recorded)
+    assert all(cell.outputs for cell in recorded.cells if cell.cell_type == "code")
 
 
 def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys):
@@ -167,18 +179,28 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
         (run / name / "file").write_text("x" * 1000)
     (run / "metrics.jsonl").write_text("{}\n")
     (run / "summary.json").write_text('{"status": "interrupted"}')
-    assert notebook.earlier_checkpoint("pytorch-ddp") == []
+    assert notebook.earlier_checkpoint("pytorch-ddp", tmp_path / "new") == []
     notebook.keep(run, "pytorch-ddp")
     kept = tmp_path / "working/pytorch-ddp"
     assert sorted(path.name for path in kept.iterdir()) == ["checkpoints", "metrics.jsonl", "summary.json"]
     assert "not complete" in capsys.readouterr().out
     kept.rename(tmp_path / "input/earlier/pytorch-ddp")
-    (setting,) = notebook.earlier_checkpoint("pytorch-ddp")
+    assert notebook.earlier_checkpoint("pytorch-ddp", run) == []  # it has its own
+    (setting,) = notebook.earlier_checkpoint("pytorch-ddp", tmp_path / "new")
     assert setting == f"checkpoint.resume={tmp_path}/input/earlier/pytorch-ddp/checkpoints/step-00000004"
 
     (run / "summary.json").write_text('{"status": "completed"}')
     notebook.keep(run, "pytorch-ddp")
     assert sorted(path.name for path in kept.iterdir()) == ["metrics.jsonl", "model", "summary.json"]
+    kept.rename(tmp_path / "input/pytorch-ddp")
+    assert notebook.training_run("pytorch-ddp", run) == run  # this session's own comes first
+    assert notebook.find_model("pytorch-ddp", tmp_path / "new") == [f"eval.model={tmp_path}/input/pytorch-ddp/model"]
+    search = notebook.runs_folder() / "ray-tune"  # its trials are no run's checkpoints
+    (search / "trials").mkdir(parents=True)
+    (search / "summary.json").write_text('{"status": "interrupted"}')
+    notebook.keep(search, "ray-tune")
+    assert "in this session" in capsys.readouterr().out
+
     monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
     with pytest.raises(notebook.CellFailed, match="more than"):
         notebook.keep(run, "pytorch-ddp")

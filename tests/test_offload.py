@@ -189,9 +189,11 @@ def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undist
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{summary['steps']:08d}"]
     assert not (tmp_path / "model").exists()
 
+    # In another folder, as the next session of a machine that keeps nothing has it: with all the history.
+    settings += [f"checkpoint.resume={tmp_path}/checkpoints/step-{summary['steps']:08d}", f"output_dir={tmp_path}/on"]
     run(PROJECT, *settings, processes=1)
-    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
-    assert_close(losses(tmp_path), losses(undisturbed), 1e-4)
+    assert json.loads((tmp_path / "on/summary.json").read_text())["status"] == "completed"
+    assert_close(losses(tmp_path / "on"), losses(undisturbed), 1e-4)
     line = error_line(run(PROJECT, *settings, "offload.group_millions=0.1", processes=1, exit_code=2))
     assert "offload.group_millions is 0.1" in line and "written with 0.05" in line
 

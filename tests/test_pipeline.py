@@ -239,10 +239,8 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "stages"), [(1, 1), (3, 3), (4, 2)])
 def test_a_checkpoint_of_two_stages_is_read_by_another_grid(undisturbed, tmp_path, processes, stages):
-    shutil.copytree(undisturbed / "checkpoints/step-00000012", tmp_path / "checkpoints/step-00000012")
-    so_far = [record for record in metrics(undisturbed) if record["step"] <= 12]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in so_far))
-    settings = [f"pipeline.stages={stages}", f"output_dir={tmp_path}"]
+    resume = f"checkpoint.resume={undisturbed}/checkpoints/step-00000012"  # another run folder's, with its history
+    settings = [resume, f"pipeline.stages={stages}", f"output_dir={tmp_path}"]
     output = run(PROJECT, *RESUME, *settings, processes=processes)
     assert "Going on from the checkpoint of step 12" in output
     ours, theirs = ([loss for loss, _ in losses(folder)] for folder in (tmp_path, undisturbed))

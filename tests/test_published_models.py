@@ -11,14 +11,16 @@ from launching import error_line, run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("project", ["deepspeed-offload", "deepspeed-pipeline"])
-def test_the_gated_model_is_refused_with_where_to_ask_and_what_to_set(hub, tmp_path, project):
+@pytest.mark.parametrize(
+    ("project", "token", "advice"),
+    [("deepspeed-offload", None, "HF_TOKEN"), ("deepspeed-pipeline", "hf_stranger", "no access yet")],
+)
+def test_the_gated_model_is_refused_with_where_to_ask_and_what_to_set(hub, tmp_path, project, token, advice):
     options = {"config": "config.yaml", "processes": 1, "exit_code": 2}
     settings = ["train.max_steps=1", f"output_dir={tmp_path}/run"]
-    line = error_line(run(project, *settings, **options, **hub.environment(tmp_path / "a")))
-    assert "meta-llama/Llama-3.2-1B-Instruct is gated" in line and "HF_TOKEN" in line and "http" in line
-    line = error_line(run(project, *settings, **options, **hub.environment(tmp_path / "b", token="hf_stranger")))
-    assert "no access yet" in line and "hf_stranger" not in line
+    line = error_line(run(project, *settings, **options, **hub.environment(tmp_path / "home", token=token)))
+    assert "meta-llama/Llama-3.2-1B-Instruct is gated" in line and advice in line and "http" in line
+    assert "hf_stranger" not in line
 
 
 class Intruder:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -37,6 +38,7 @@ from common.config import load_config
 PROJECT = "ray-train"
 # tiny:bloom's gradient norms are about a half: some steps clip, some do not.
 SAME = [*EQUAL, "model.name=tiny:bloom", "train.weight_decay=0.1", "train.max_grad_norm=0.5"]
+TOKEN = "hf_writer"  # which Ray must write nowhere
 RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 
 
@@ -146,6 +148,17 @@ def test_a_run_leaves_every_ranks_parts_and_a_model_with_the_weights_of_the_mast
         assert torch.equal(exported(ids).logits, trained.eval()(ids).logits)
 
 
+def files_with_token(folder: Path) -> tuple[int, list[Path]]:
+    """How many files there are below `folder`, and which of them hold the token."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    found = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # Ray is at work there
+            if TOKEN.encode() in path.read_bytes():
+                found.append(path)
+    return len(files), found
+
+
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The running workers of the cluster that `process`, the driver, has started."""
     found = []
@@ -173,8 +186,13 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings, **RAY)
+    process = start(PROJECT, *settings, **RAY, HF_TOKEN=TOKEN)
     wait_for_step(process, tmp_path, 14, seconds=280)
+    # Ray's own folder, which is gone at the end of a run: its logs, its sockets, what it was told of the job.
+    (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
+    argument = next(a for a in raylet.cmdline() if a.startswith("--raylet_socket_name="))
+    count, found = files_with_token(Path(argument.partition("=")[2]).parents[1])
+    assert count > 10 and not found
     kill_all(process)
     output = fit(*settings)
     assert "Going on from the checkpoint of step 12" in output

@@ -27,7 +27,8 @@ CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
 here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
-    here = Path("multi-gpu-fine-tuning").resolve()
+    scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
+    here = Path(scratch, "multi-gpu-fine-tuning").resolve()
     if not here.is_dir():
         subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
     subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
@@ -75,10 +76,13 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 
 # %%
 settings = [*SETTINGS, f"hub.repo_id={HUB_REPOSITORY}", f"output_dir={RUN}"]
-notebook.launch("deepspeed-offload", CONFIG, *settings, *notebook.earlier_checkpoint("deepspeed-offload"))
+notebook.launch("deepspeed-offload", CONFIG, *settings, *notebook.earlier_checkpoint("deepspeed-offload", RUN))
 
 # %% [markdown]
 # ## What came out
+#
+# The loss of each step, and on the held-out rows before, in between and after; the learning rate; the speed of all
+# processes together; the peak of memory so far.
 
 # %%
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")

@@ -22,7 +22,8 @@ CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
 here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
-    here = Path("multi-gpu-fine-tuning").resolve()
+    scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
+    here = Path(scratch, "multi-gpu-fine-tuning").resolve()
     if not here.is_dir():
         subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
     subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
@@ -52,6 +53,8 @@ notebook.evaluate("pytorch-fsdp", CONFIG, *SETTINGS, f"output_dir={RUN}", *model
 
 # %% [markdown]
 # ## Figures
+#
+# The arrows say which way is better.
 
 # %%
 notebook.show_evaluation(RUN)

@@ -27,7 +27,8 @@ CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
 here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
-    here = Path("multi-gpu-fine-tuning").resolve()
+    scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
+    here = Path(scratch, "multi-gpu-fine-tuning").resolve()
     if not here.is_dir():
         subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
     subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
@@ -86,7 +87,8 @@ notebook.show_table(RUN / "trials.csv")
 notebook.show_plots(RUN, "search", "search_parameters")
 
 # %% [markdown]
-# The best trial's run:
+# The best trial's run: the loss of each step, and on the held-out rows; the learning rate; the speed; the peak of
+# memory so far.
 
 # %%
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
