@@ -67,7 +67,6 @@ class Watch(Callback):
         root = self._trials.root.parent
         self._stopping, self._asked, self._saved = Stopping(root), None, set()
         self._spans = Spans(root / "spans.jsonl")
-        self._spans.note("session")
         self._trials.delete_checkpoints()  # what a kill may have left
         ended = sum(bool(record.status) for record in self._trials.read_all())
         if ended:
@@ -84,7 +83,7 @@ class Watch(Callback):
             signal.raise_signal(signal.SIGUSR1)  # Ray's way to be interrupted: its state is saved, nothing is ended
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
-        self._spans.note("start", str(trial))
+        self._spans.note("start", trial=str(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **_) -> None:
         if result.get("interrupted"):
@@ -108,7 +107,7 @@ class Watch(Callback):
         self._bar.close()
 
     def _end(self, trial: Trial, status: str, error: str = "") -> None:
-        self._spans.note("end", str(trial))
+        self._spans.note("end", trial=str(trial))
         if not self._trials.read(str(trial)).status:
             self._trials.end(str(trial), status, error)
         if status == "stopped":
