@@ -1,23 +1,23 @@
 """What early stopping costs and saves, over several draws of the trials: ray-tune's embedded search, on a CPU.
 
-    python bench/early_stopping.py runs/early-stopping                     # about two and a half minutes a seed on two cores
-    python bench/early_stopping.py runs/early-stopping --seeds 42 1 2      # fewer draws
+    python bench/early_stopping.py runs/early-stopping                # about five minutes a draw on two free cores
+    python bench/early_stopping.py runs/early-stopping --seeds 42 1   # fewer draws
 
-For each seed, twelve trials of `smoke.yaml` run to the end: their first six and nine are what a search of six or nine
-would draw. From whole curves it can be told what a search with early stopping would have done, for any first rung and
-any reduction: `replay` sends the evaluations to the rule in the order in which two slots would have made them, by the
-seconds that each trial took. Two rules: Ray's `AsyncHyperBandScheduler` itself, and ours (ray-tune/asha.py). Then real
-searches with the settings of `smoke.yaml` show that they do what the replay said.
+For each seed, twelve trials of smoke.yaml run to the end; the first six and nine are those that a search of six or
+nine draws. From the whole curves, `replay` finds what a search with early stopping would have done, for any first rung
+and any reduction: it asks the rule about each evaluation in the order in which two slots come to them, all trials
+equally fast. Two rules: Ray's own AsyncHyperBandScheduler, and ray-tune/asha.py. Shares are of optimizer steps; the
+micro-batch changes the seconds of a step by about a tenth here. Then real searches with early stopping show that they
+do what the replay says.
 
-How much two losses differ by chance: the best configuration of some seeds is trained several times from the same
-weights on the same rows, each time in another order.
+How far two losses differ by chance: the best configuration of the first draws is trained from the same weights on the
+same rows in other orders.
 
-What lies in the folder already is not run again. Writes results/ray-tune/early-stopping.json, and the curves beside it.
+What lies in the folder is not run again. Writes results/ray-tune/early-stopping.json.
 """
 
 import argparse
-import copy
-import csv
+import dataclasses
 import datetime
 import heapq
 import json
@@ -25,14 +25,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from types import SimpleNamespace
 
-import numpy as np
+import torch
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,48 +43,52 @@ import space  # noqa: E402
 import train  # noqa: E402
 
 from common import models, runtime  # noqa: E402
-from common.config import load_config  # noqa: E402
+from common.config import ModelConfig, load_config  # noqa: E402
 from common.report import read_json, read_metrics  # noqa: E402
 
 SMOKE = REPOSITORY / "ray-tune" / "smoke.yaml"
 TRIALS, SLOTS = 12, 2
-ORDERS = 8  # of the training data, for the noise
-GRID = [(n, grace, reduction) for n in (6, 9, 12) for reduction in (2, 3, 4) for grace in (25, 50, 75, 100)]
+SPACES = {"smoke.yaml": [], "warm-ups up to 40 steps": ["search.space.warmup_steps.choice=[0,20,40]"]}
+GRID = [(n, grace, reduction) for n in (6, 9, 12) for grace in (25, 50, 75) for reduction in (2, 3, 4)]
+ORDERS = range(1001, 1007)  # seeds of the training data's order, for the noise
+NOISE_DRAWS, REAL_DRAWS = 2, 2
 
 
 @dataclass
 class Trial:
     parameters: dict
     losses: dict[int, float]  # optimizer step → held-out loss
-    seconds: dict[int, float]  # optimizer step → seconds of training and evaluating up to there
 
 
 @dataclass
 class Outcome:
-    """Of a search: the steps that each trial trained, and the best of those that were not stopped."""
+    """What a search with early stopping comes to."""
 
-    steps: list[int]
-    best: int
-    stopped: list[int]
+    steps: list[int]  # that each trial trains
+    stopped: list[int]  # numbers of the trials that do not count to the end
+
+    def best(self, trials: list[Trial]) -> int:
+        return min((n for n in range(len(trials)) if n not in self.stopped), key=lambda n: final(trials[n]))
 
     def share(self, trials: list[Trial]) -> float:
-        """Device seconds over those of the same trials without early stopping."""
-        return sum(t.seconds[s] for t, s in zip(trials, self.steps, strict=True)) / sum(
-            max(t.seconds.values()) for t in trials
-        )
+        """Of the steps that the same trials take without early stopping."""
+        return sum(self.steps) / sum(max(trial.losses) for trial in trials)
 
     def missed(self, trials: list[Trial]) -> float:
-        """How much lower the best of all trials' final losses is than that of the trial found (0: it was found)."""
-        final = [t.losses[max(t.losses)] for t in trials]
-        return final[self.best] - min(final)
+        """How far the final loss of the trial found is above the lowest of all."""
+        return final(trials[self.best(trials)]) - min(final(trial) for trial in trials)
+
+
+def final(trial: Trial) -> float:
+    return trial.losses[max(trial.losses)]
 
 
 def search(folder: Path, *settings: str) -> Path:
-    """Run the embedded search, or finish it, and return its folder."""
+    """Run the embedded search, or go on with it, and return its folder."""
     if read_json(folder / "summary.json").get("status") != "completed":
-        command = [sys.executable, "ray-tune/train.py", "--config", "smoke.yaml", "tracking.backend=none",
-                   "checkpoint.every=0", *settings, f"output_dir={folder}"]  # fmt: skip
+        settings = ["tracking.backend=none", "checkpoint.every=0", *settings, f"output_dir={folder}"]
         paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "ray-tune/train.py", "--config", "smoke.yaml", *settings]
         subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": paths}, check=True)
     return folder
 
@@ -92,80 +96,187 @@ def search(folder: Path, *settings: str) -> Path:
 def read_trials(folder: Path) -> list[Trial]:
     found = []
     for path in sorted((folder / "trials").glob("trial-*")):
-        evaluations = [r for r in read_metrics(path) if "eval_loss" in r and r["step"]]
-        found.append(
-            Trial(
-                read_json(path / "parameters.json"),
-                {r["step"]: r["eval_loss"] for r in evaluations},
-                {r["step"]: r["seconds"] for r in evaluations},
-            )
-        )
+        losses = {r["step"]: r["eval_loss"] for r in read_metrics(path) if "eval_loss" in r and r["step"]}
+        found.append(Trial(read_json(path / "parameters.json"), losses))
     return found
 
 
 def replay(trials: list[Trial], stops: Callable[[int, int, float], bool]) -> list[int]:
-    """The step at which each trial ends where SLOTS trials run at a time and `stops(number, step, loss)` is asked at
-    each evaluation but the last, in the order of the clock.
-    """
+    """The step at which each trial ends. `stops(number, step, loss)` is asked at each evaluation, by the clock."""
     ended = [0] * len(trials)
-    waiting = iter(range(len(trials)))
-    reports: list[tuple[float, int, Iterator[int]]] = []
+    waiting = list(range(len(trials)))
+    reports = []  # (time, number, time at which the trial began, steps yet to report)
 
-    def begin(now: float) -> None:
-        if (number := next(waiting, None)) is not None:
-            steps = iter(sorted(trials[number].losses))
-            step = next(steps)
-            heapq.heappush(reports, (now + trials[number].seconds[step], number, now, step, steps))
+    def begin(now: int) -> None:
+        if waiting:
+            number = waiting.pop(0)
+            steps = sorted(trials[number].losses)
+            heapq.heappush(reports, (now + steps[0], number, now, steps))
 
     for _ in range(SLOTS):
-        begin(0.0)
+        begin(0)
     while reports:
-        now, number, began, step, steps = heapq.heappop(reports)
-        trial = trials[number]
-        following = next(steps, None)
-        stop = stops(number, step, trial.losses[step])
-        if following is None or stop:
+        now, number, began, (step, *rest) = heapq.heappop(reports)
+        if stops(number, step, trials[number].losses[step]) or not rest:
             ended[number] = step
             begin(now)
         else:
-            heapq.heappush(reports, (began + trial.seconds[following], number, began, following, steps))
+            heapq.heappush(reports, (began + rest[0], number, began, rest))
     return ended
 
 
 def with_rays_rule(trials: list[Trial], grace: int, reduction: int) -> Outcome:
     total = max(trials[0].losses)
     scheduler = AsyncHyperBandScheduler("step", "eval_loss", "min", total, grace, reduction)
-    names = [SimpleNamespace(trial_id=str(number)) for number in range(len(trials))]
-    for name in names:
-        scheduler.on_trial_add(None, name)
+    rays = [SimpleNamespace(trial_id=str(number)) for number in range(len(trials))]
+    for trial in rays:
+        scheduler.on_trial_add(None, trial)
 
     def stops(number: int, step: int, loss: float) -> bool:
-        result = {"step": step, "eval_loss": loss}
-        return scheduler.on_trial_result(None, names[number], result) == TrialScheduler.STOP
+        decision = scheduler.on_trial_result(None, rays[number], {"step": step, "eval_loss": loss})
+        return decision == TrialScheduler.STOP
 
     steps = replay(trials, stops)
-    finished = [n for n, step in enumerate(steps) if step == total]
-    best = min(finished, key=lambda n: trials[n].losses[total])
-    return Outcome(steps, best, [n for n in range(len(trials)) if n not in finished])
+    return Outcome(steps, [n for n, step in enumerate(steps) if step < total])
 
 
 def with_our_rule(trials: list[Trial], grace: int, reduction: int) -> Outcome:
     total = max(trials[0].losses)
     rungs = asha.rungs(grace, reduction, total)
     seen: list[dict[int, float]] = [{} for _ in trials]
-    ended: set[int] = set()
+    ended = [False] * len(trials)
 
     def decided() -> dict[int, int]:
-        return asha.stops([(curve, n in ended) for n, curve in enumerate(seen)], rungs, reduction)
+        return asha.stops(list(zip(seen, ended, strict=True)), rungs, reduction)
 
     def stops(number: int, step: int, loss: float) -> bool:
         seen[number][step] = loss
-        stop = number in decided()
-        if stop or step == total:
-            ended.add(number)
-        return stop
+        ended[number] = step == total or number in decided()
+        return ended[number]
 
     steps = replay(trials, stops)
-    stopped = decided()
-    best = min((n for n in range(len(trials)) if n not in stopped), key=lambda n: trials[n].losses[total])
-    return Outcome(steps, best, sorted(stopped))
+    return Outcome(steps, sorted(decided()))
+
+
+def replays(draws: list[list[Trial]], noise: float) -> list[dict]:
+    """A row for each number of trials, first rung and reduction: both rules over all draws."""
+    rows = []
+    for number, grace, reduction in GRID:
+        row = {"trials": number, "grace_period": grace, "reduction_factor": reduction}
+        for name, rule in (("ours", with_our_rule), ("rays", with_rays_rule)):
+            found = [(rule(trials[:number], grace, reduction), trials[:number]) for trials in draws]
+            shares = [outcome.share(trials) for outcome, trials in found]
+            missed = [outcome.missed(trials) for outcome, trials in found]
+            row[name] = {
+                "share": round(mean(shares), 4),
+                "largest_share": round(max(shares), 4),
+                "at_most_half": sum(share <= 0.5 for share in shares),
+                "missed": round(mean(missed), 4),
+                "most_missed": round(max(missed), 4),
+                "best_found": sum(loss == 0 for loss in missed),
+                "best_within_noise": sum(loss <= noise for loss in missed),
+            }
+        rows.append(row)
+    return rows
+
+
+def real_search(folder: Path, seed: int, trials: list[Trial]) -> dict:
+    """A search with early stopping as smoke.yaml has it, beside its replay."""
+    cfg = load_config(train.Config, SMOKE, [])
+    expected = with_our_rule(trials[: cfg.search.trials], cfg.search.grace_period, cfg.search.reduction_factor)
+    search(folder, f"seed={seed}")
+    summary = read_json(folder / "summary.json")["search"]
+    steps = [read_metrics(path)[-1]["step"] for path in sorted((folder / "trials").glob("trial-*"))]
+    return {
+        "seed": seed,
+        "steps": steps,
+        "replayed_steps": expected.steps,
+        "best": summary["best"],
+        "replayed_best": f"trial-{expected.best(trials[: cfg.search.trials]):03d}",
+        "best_eval_loss": summary["best_eval_loss"],
+        "default_eval_loss": summary["default_eval_loss"],
+        "lowest_eval_loss": min(final(trial) for trial in trials[: cfg.search.trials]),
+        "share": round(sum(steps) / sum(max(trial.losses) for trial in trials[: cfg.search.trials]), 4),
+        **{name: summary[name] for name in ("device_seconds", "device_seconds_saved", "wall_seconds", "devices_busy")},
+    }
+
+
+def train_in_order(folder: Path, parameters: dict, seed: int, order: int) -> float:
+    """The final held-out loss of a trial of draw `seed`, its weights and rows those of the draw, in another order."""
+    torch.set_num_threads(1)
+    cfg = load_config(train.Config, SMOKE, [f"seed={seed}", "tracking.backend=none", "checkpoint.every=0"])
+    weights = folder / "weights"  # of the draw's seed: from a name, they would be those of `order`
+    if not (weights / "model.safetensors").exists():
+        models.load_model(cfg.model, seed).save_pretrained(weights)
+        models.load_tokenizer(cfg.model).save_pretrained(weights)
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows, held_out = train.build_dataloaders(cfg, tokenizer)
+    own = str(folder / f"order-{order}")
+    run = dataclasses.replace(cfg, model=ModelConfig(str(weights)), seed=order, output_dir=own)
+    run.train = space.with_parameters(cfg, parameters)
+    stop = SimpleNamespace(reason=None)
+    for _ in train.train(run, tokenizer, rows, held_out, stop, is_trial=True):
+        pass
+    return read_json(folder / f"order-{order}" / "summary.json")["eval_loss_after"]
+
+
+def noise_of(folder: Path, seed: int, trials: list[Trial]) -> dict:
+    best = min(trials, key=final)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "losses.json"
+    if not kept.exists():
+        same = train_in_order(folder, best.parameters, seed, seed)
+        assert abs(same - final(best)) < 1e-9, "in the draw's own order it is the draw's trial"
+        with ProcessPoolExecutor(SLOTS, multiprocessing.get_context("spawn")) as pool:
+            losses = [pool.submit(train_in_order, folder, best.parameters, seed, order) for order in ORDERS]
+            kept.write_text(json.dumps([loss.result() for loss in losses]), encoding="utf-8")
+    losses = json.loads(kept.read_text(encoding="utf-8"))
+    deviation = round(stdev(losses), 4)
+    return {"seed": seed, "parameters": best.parameters, "losses": losses, "standard_deviation": deviation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the searches are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, *range(1, 8)], help="the draws")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / "ray-tune")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder, seeds = arguments.folder.resolve(), arguments.seeds
+
+    draws = {}
+    for name, settings in SPACES.items():
+        place = folder / name.replace(" ", "-")
+        whole = ["search.scheduler=none", f"search.trials={TRIALS}", *settings]
+        draws[name] = [read_trials(search(place / f"seed-{seed}", *whole, f"seed={seed}")) for seed in seeds]
+    shipped = draws["smoke.yaml"]
+    noise = [noise_of(folder / f"noise-{seed}", seed, shipped[i]) for i, seed in enumerate(seeds[:NOISE_DRAWS])]
+    # Two runs of one configuration differ by √2 standard deviations; twice that is no sign of a better configuration.
+    within = 2 * 2**0.5 * mean(n["standard_deviation"] ** 2 for n in noise) ** 0.5
+    real = [real_search(folder / f"asha-{seed}", seed, shipped[i]) for i, seed in enumerate(seeds[:REAL_DRAWS])]
+    record = {
+        "project": "ray-tune",
+        "case": "early-stopping",
+        "date": datetime.date.today().isoformat(),
+        "machine": "CPU",
+        "command": "python bench/early_stopping.py runs/early-stopping --seeds " + " ".join(map(str, seeds)),
+        "environment": runtime.describe_environment(1, "fp32: the default on a CPU"),
+        "seeds": seeds,
+        "noise": {"within": round(within, 4), "configurations": noise},
+        "replays": {name: replays(trials, within) for name, trials in draws.items()},
+        "searches": real,
+        "draws": {
+            name: [[{**t.parameters, "losses": [round(x, 4) for x in t.losses.values()]} for t in d] for d in drawn]
+            for name, drawn in draws.items()
+        },
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    (arguments.results / "early-stopping.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    for name, rows in record["replays"].items():
+        for row in rows:
+            print(name, row)
+    print(f"within noise: {within:.4f}", *real, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
