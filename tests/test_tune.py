@@ -34,13 +34,16 @@ from common import data, models
 from common.config import load_config
 
 PROJECT = "ray-tune"
-# smoke.yaml with a fifth of its steps. Which trials are stopped, and what that saves, depends on the seed alone.
+# smoke.yaml with fewer trials and a fifth of its steps. Which trials are stopped, and what that saves, depends on the
+# seed alone.
 SEARCH = [
     "data.eval_rows=16",
     "train.max_steps=90",
     "train.warmup_steps=5",
     "search.space.warmup_steps.choice=[0,5]",
+    "search.trials=6",
     "search.grace_period=10",
+    "search.reduction_factor=3",
     "eval.every=10",
     "checkpoint.every=10",
 ]
@@ -565,7 +568,7 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     cfg = load_config(*config, [f"output_dir={tmp_path}"])
     begin(cfg, tmp_path, "abc")
     begin(load_config(*config, [f"output_dir={tmp_path}", "runtime.max_hours=3"]), tmp_path, "abc")
-    for setting, key in (("search.trials=9", "search.trials"), ("seed=1", "seed"), ("train.max_steps=9", "max_steps")):
+    for setting, key in (("search.trials=7", "search.trials"), ("seed=1", "seed"), ("train.max_steps=9", "max_steps")):
         with refused(key, "checkpoint.resume=never"):
             begin(load_config(*config, [f"output_dir={tmp_path}", setting]), tmp_path, "abc")
     with refused("training data", "checkpoint.resume=never"):
