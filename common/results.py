@@ -224,9 +224,9 @@ def early_stopping_table(folder: Path, name: str) -> str:
         "at worst": lambda row: f"{row['ours']['most_missed']:.3f}",
     }
     caption = (
-        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: their "
-        f"mean, the worst of them, and in how many of them. Budget {r['budget']} steps, reduction {shipped}. Noise: a "
-        f"difference of at most {within:.2f}."
+        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: "
+        f"their mean, the worst of them, and in how many of them. Budget {r['budget']} steps, reduction {shipped}. "
+        f"Noise: a difference of at most {within:.2f}."
     )
     return table(rows, columns, caption)
 
