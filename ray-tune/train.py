@@ -212,10 +212,10 @@ class Trial(tune.Trainable):
     """What Ray runs in a process of its own for each trial: `train`, from one report to the next."""
 
     def setup(self, config: dict[str, Any], cfg: Config, trials: Trials, tokenizer, rows, held_out) -> None:
-        self.trials, self.record = trials, trials.read(self.trial_name)
-        self.training = iter(())
         if not trials.root.parent.is_dir():
             raise UserError(f"output_dir={trials.root.parent} is not on this machine: all machines must share it")
+        self.trials, self.record = trials, trials.read(self.trial_name)
+        self.training = iter(())
         if self.record.status == "failed":
             raise UserError(self.record.error)
         if self.record.status:  # Ray's state was older than the kill: this trial had ended

@@ -562,6 +562,13 @@ def test_what_a_cluster_cannot_give_is_refused(modules, monkeypatch, tmp_path):
         train.search(config())
 
 
+def test_a_machine_that_does_not_see_the_searchs_folder_says_so(modules, tmp_path):
+    trials, trial = modules["trials"].Trials(tmp_path / "elsewhere/trials", 9, [], 3), modules["train"].Trial
+    with refused(f"output_dir={tmp_path}/elsewhere", "all machines must share it"):
+        trial.setup(object.__new__(trial), {}, None, trials, None, None, None)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     begin = modules["outcome"].begin
     config = modules["train"].Config, REPOSITORY / PROJECT / "smoke.yaml"
