@@ -21,6 +21,7 @@ TRIALS = [
     "train.max_steps=216",
     "train.warmup_steps=25",
     "search.grace_period=24",
+    "search.reduction_factor=3",
     "search.space.warmup_steps.choice=[0,12,25]",
     "search.trials=6",
     "eval.every=24",

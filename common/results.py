@@ -202,6 +202,49 @@ def offload_headline(folder: Path, name: str) -> str:
     )
 
 
+def early_stopping_table(folder: Path, name: str) -> str:
+    """ray-tune's rule replayed on whole curves: a row for each space, number of trials and first rung."""
+    (r,) = read(folder, name)
+    shipped = r["searches"][0]["reduction_factor"]
+    rows = [
+        row | {"space": space}
+        for space, replays in r["replays"].items()
+        for row in replays
+        if row["reduction_factor"] == shipped
+    ]
+    draws, within = len(r["seeds"]), r["noise"]["within"]
+    columns = {
+        "space": lambda row: row["space"],
+        "trials": lambda row: row["trials"],
+        "first rung": lambda row: row["grace_period"],
+        "steps taken": lambda row: f"{row['ours']['share']:.0%}",
+        "most": lambda row: f"{row['ours']['largest_share']:.0%}",
+        "at most half": lambda row: f"{row['ours']['at_most_half']}",
+        "best found": lambda row: f"{row['ours']['best_found']}",
+        "or within noise": lambda row: f"{row['ours']['best_within_noise']}",
+        "loss missed": lambda row: f"{row['ours']['missed']:.3f}",
+        "at worst": lambda row: f"{row['ours']['most_missed']:.3f}",
+    }
+    caption = (
+        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: "
+        f"their mean, the worst of them, and in how many of them. Budget {r['budget']} steps, reduction {shipped}. "
+        f"Noise: a difference of at most {within:.2f}."
+    )
+    return table(rows, columns, caption)
+
+
+def early_stopping_headline(folder: Path, name: str) -> str:
+    """What the shipped embedded search takes of the steps of one without early stopping, over all draws."""
+    (r,) = read(folder, name)
+    real = r["searches"][0]
+    wanted = {key: real[key] for key in ("trials", "grace_period", "reduction_factor")}
+    row = next(row for row in r["replays"]["smoke.yaml"] if wanted.items() <= row.items())["ours"]
+    return (
+        f"{row['share']:.0%} of the steps of a search without early stopping, the same best within noise in "
+        f"{row['best_within_noise']} of {len(r['seeds'])} draws (embedded model, CPU)"
+    )
+
+
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
@@ -225,6 +268,8 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-offload speed": (offload_table, *OFFLOAD_CASES),
     "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
+    "ray-tune early stopping": (early_stopping_table, "early-stopping"),
+    "ray-tune headline": (early_stopping_headline, "early-stopping"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }
 

@@ -1,4 +1,7 @@
-"""The Ray cluster of a run: started on this machine, or one that is there already; left as it was found."""
+"""The Ray cluster of a run: started on this machine, or one that is there already; left as it was found.
+
+Aligned with ray-tune/cluster.py; what differs says why.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,15 @@ SETTINGS = {
 def ray_cluster() -> Iterator[dict[str, float]]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives the resources.
 
-    Raises `UserError` where no cluster answers at RAY_ADDRESS.
+    What is started ends with this process, also when it is killed. Raises `UserError` where no cluster answers at
+    RAY_ADDRESS.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS", "")
+    address, folder = joined(), None
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address and address != "local":
+    if address:
         _join(address, options)
-        folder = None
     else:
         # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has at
         # most 107 characters.
@@ -52,6 +55,7 @@ def ray_cluster() -> Iterator[dict[str, float]]:
             num_cpus=max(2, cores),  # two workers run on one core as well
             num_gpus=torch.cuda.device_count(),
             object_store_memory=OBJECT_STORE_BYTES,
+            # With the dashboard: Ray Train asks it for the state of the workers, and would wait half a minute for none.
             _temp_dir=str(folder),
             **options,
         )
@@ -69,10 +73,17 @@ def ray_cluster() -> Iterator[dict[str, float]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _join(address: str, options: dict) -> None:
+def joined() -> str:
+    """The address of the cluster to join; empty: one is started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def check_address(address: str) -> None:
+    """Raise `UserError` for an address where nothing listens; anything else is told by `_join`."""
     if address.startswith("ray://"):
         raise UserError(f"RAY_ADDRESS={address}: start train.py on a machine of the cluster, with its HOST:6379")
-    if address != "auto":
+    if address and address != "auto":
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
@@ -81,6 +92,10 @@ def _join(address: str, options: dict) -> None:
                 f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address. "
                 f"Without RAY_ADDRESS, a cluster of this machine is started"
             ) from None
+
+
+def _join(address: str, options: dict) -> None:
+    check_address(address)
     try:
         # The workers on other machines get this checkout's code, whatever is installed there.
         folder = Path(__file__).parent

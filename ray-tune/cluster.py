@@ -1,4 +1,7 @@
-"""Ray itself: a cluster of this machine, started for the search and gone with it, or the one that RAY_ADDRESS names."""
+"""The Ray cluster of a search: started on this machine, or one that is there already; left as it was found.
+
+Aligned with ray-train/cluster.py; what differs says why.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,24 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+import ray
 import torch
 
-from common.config import BaseConfig
+from common.config import REPOSITORY, BaseConfig
 from common.errors import UserError
 
-QUIET = {
+CONNECT_SECONDS = 20
+SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials stay where paths such as model.name=my-model were meant
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the configuration stay what they are
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without a GPU: no warning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each trial has its metrics.jsonl
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # a Ctrl-C is ours: trials save first
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # Ray's default notes its state every 10 s
@@ -28,58 +35,125 @@ QUIET = {
 }
 
 
-def gpu_share(cfg: BaseConfig) -> float:
-    """The share of a GPU that a trial asks Ray for; none on a machine without."""
-    return cfg.search.gpus_per_trial if torch.cuda.device_count() or os.environ.get("RAY_ADDRESS") else 0.0
+@contextlib.contextmanager
+def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives what `place` does.
+
+    What is started ends with this process, also when it is killed. Raises `UserError` where no cluster answers at
+    RAY_ADDRESS, and as `place`.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    address, folder, note = joined(), None, root / "ray-folder"
+    options = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    # Tune's loop runs in this thread: signals must stay with StopRequest's handlers, which Ray replaces.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if address:
+        _join(address, options)
+        placed = place(cfg, ray.cluster_resources())
+    else:
+        placed = place(cfg, this_machine())
+        if note.is_file():  # of a search that was killed; nobody else uses it, since a search locks its folder
+            shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
+        # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has at
+        # most 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        note.write_text(str(folder), encoding="utf-8")
+        ray.init(
+            address="local",
+            num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
+            num_gpus=torch.cuda.device_count(),
+            include_dashboard=False,  # Tune, unlike Ray Train, asks nothing of it
+            # The object store has Ray's own size, unlike ray-train's: the tokenized rows lie in it.
+            _temp_dir=str(folder),
+            **options,
+        )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    # No more trials than can run wait at Ray's door: of those, it takes any.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placed[0])
+    try:
+        yield placed
+    finally:
+        started = psutil.Process().children(recursive=True) if folder else []
+        try:
+            ray.shutdown()
+        finally:  # also where one more Ctrl-C breaks that off
+            for process in started:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+                note.unlink()
 
 
-def slots(cfg: BaseConfig) -> int:
-    """Trials that run at a time. Raises `UserError` where a trial asks for more GPUs than it can use."""
-    gpus, share = torch.cuda.device_count(), cfg.search.gpus_per_trial
+def joined() -> str:
+    """The address of the cluster to join; empty: one is started on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def check_address(address: str) -> None:
+    """Raise `UserError` for an address where nothing listens; anything else is told by `_join`."""
+    if address.startswith("ray://"):
+        raise UserError(f"RAY_ADDRESS={address}: start train.py on a machine of the cluster, with its HOST:6379")
+    if address and address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address. "
+                f"Without RAY_ADDRESS, a cluster of this machine is started"
+            ) from None
+
+
+def _join(address: str, options: dict) -> None:
+    check_address(address)
+    try:
+        # The workers on other machines get this checkout's code, whatever is installed there.
+        folder = Path(__file__).parent
+        modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
+        ray.init(address=address, runtime_env={"py_modules": modules}, **options)
+    except Exception as error:  # whatever Ray's client makes of a port that something else listens at
+        raise UserError(
+            f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}. If `ray start` spoke of "
+            f"token authentication, set RAY_AUTH_MODE=token, and on another machine copy ~/.ray/auth_token to it"
+        ) from None
+
+
+def this_machine() -> dict[str, float]:
+    """The resources of a cluster that is started here: its GPUs, or two trials at a time."""
+    return {"CPU": 2, "GPU": torch.cuda.device_count()}
+
+
+def place(cfg: BaseConfig, resources: dict[str, float]) -> tuple[int, float]:
+    """(trials that run at a time, the share of a GPU that each asks Ray for: 0 in a cluster without GPUs).
+
+    Raises `UserError` where a trial asks for more GPUs than it can use.
+    """
+    gpus, share, most = int(resources.get("GPU", 0)), cfg.search.gpus_per_trial, cfg.search.concurrent_trials
+    where = "the cluster" if joined() else "this machine"
     if share > max(gpus, 1):
-        raise UserError(f"search.gpus_per_trial={share:g}, but this machine has {gpus} GPUs: set it to 1 or a fraction")
+        raise UserError(f"search.gpus_per_trial={share:g}, but {where} has {gpus} GPUs: set it to 1 or a fraction")
     if share > 1:
         raise UserError(f"search.gpus_per_trial={share:g}: a trial computes on one GPU; set it to 1 or a fraction")
-    most = int(gpus * int(1 / share)) or 2
-    return min(cfg.search.concurrent_trials or most, most) if gpus else cfg.search.concurrent_trials or most
+    if not gpus and not joined():  # processes on cores: as many as are asked for
+        return most or int(resources["CPU"]), 0.0
+    room = gpus * int(1 / share) if gpus else int(resources.get("CPU", 0))
+    return min(most or room, room), share if gpus else 0.0
 
 
-def share_cores(slots: int) -> None:
-    """Without a GPU: share the cores out to PyTorch's threads of each trial. The final run counts with as many."""
+def check(cfg: BaseConfig) -> None:
+    """What can be said before anything is loaded; raises `UserError` as `ray_cluster` would.
+
+    Without a GPU, the cores are shared out to PyTorch's threads of each trial, and the final run counts with as many.
+    """
+    if joined():
+        return check_address(joined())
+    slots, _ = place(cfg, this_machine())
     if not torch.cuda.device_count():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
         torch.set_num_threads(int(threads))
-
-
-@contextlib.contextmanager
-def start(root: Path, slots: int) -> Iterator[None]:
-    """Ray with room for `slots` trials. All its processes end with this one, also when it is killed."""
-    import ray
-
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
-    # No more trials than can run wait at Ray's door: of those, it takes any.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    note = root / "ray-folder"
-    if note.is_file():  # of a search that was killed
-        shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    options = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
-        folder = None
-    else:
-        # NOTE: short, since the paths of its sockets may have 107 bytes; not Ray's own folder, which all users share.
-        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        note.write_text(folder, encoding="utf-8")
-        ray.init(address="local", num_cpus=slots, include_dashboard=False, _temp_dir=folder, **options)
-    for number, handler in handlers.items():  # Ray puts its own in their place, which end this process at once
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-            note.unlink()

@@ -61,41 +61,40 @@ def final_run(cfg: BaseConfig, winner: Record) -> BaseConfig:
     return final
 
 
-def finish(cfg: BaseConfig, trials: Trials, winner: Record, slots: int) -> None:
+def finish(cfg: BaseConfig, trials: Trials, winner: Record) -> None:
     """The best trial's run is over: the search's own figures go beside its own."""
     root = trials.root.parent
     save_config(cfg, root / "config.yaml")  # the search's; the best trial's lies in its folder
     summary = read_json(root / "summary.json")
-    write_json(root / "summary.json", summary | {"search": figures(trials, slots)})
+    write_json(root / "summary.json", summary | {"search": figures(trials)})
     show(trials)
 
 
-def interrupted(cfg: BaseConfig, project: str, trials: Trials, slots: int, reason: str) -> None:
+def interrupted(cfg: BaseConfig, project: str, trials: Trials, reason: str) -> None:
     """The search was asked to stop: what it found so far, and how it goes on."""
     how = "the same command" if cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
     print(f"Stopped ({reason}); {how} goes on from here")
-    _without_model(project, "interrupted", trials, slots)
+    _without_model(project, "interrupted", trials)
 
 
-def all_failed(cfg: BaseConfig, project: str, trials: Trials, slots: int) -> UserError:
+def all_failed(cfg: BaseConfig, project: str, trials: Trials) -> UserError:
     """No trial came to a result: the error to raise."""
-    _without_model(project, "failed", trials, slots)
+    _without_model(project, "failed", trials)
     first = next(record for record in trials.read_all() if record.error)
     return UserError(f"all {cfg.search.trials} trials failed. {first.name}: {first.error}")
 
 
-def _without_model(project: str, status: str, trials: Trials, slots: int) -> None:
-    search = figures(trials, slots)
+def _without_model(project: str, status: str, trials: Trials) -> None:
+    search = figures(trials)
     write_json(
         trials.root.parent / "summary.json", {"project": project, "status": status, "steps": 0, "search": search}
     )
     show(trials)
 
 
-def figures(trials: Trials, slots: int) -> dict[str, Any]:
+def figures(trials: Trials) -> dict[str, Any]:
     """The search's part of `summary.json`."""
     records = trials.read_all()
-    wall, busy, busy_while_waiting = Spans(trials.root.parent / "spans.jsonl").busy(slots)
     spent = sum(record.seconds for record in records)
     stopped = [record for record in records if record.status == "stopped" and record.steps]
     # What the rest of a stopped trial's budget would have taken at its own speed.
@@ -113,10 +112,7 @@ def figures(trials: Trials, slots: int) -> dict[str, Any]:
         "default_steps": default.last[0] if default and default.curve else None,
         "device_seconds": round(spent, 1),
         "device_seconds_saved": round(saved, 1),
-        "devices": slots,
-        "wall_seconds": wall,
-        "devices_busy": busy,
-        "devices_busy_until_last_start": busy_while_waiting,
+        **Spans(trials.root.parent / "spans.jsonl").busy(),
     }
 
 

@@ -28,9 +28,10 @@ import outcome
 import space
 import torch
 from ray import tune
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
-from trials import Trials, best, lock
+from trials import Spans, Trials, best, lock
 from watch import Stopping, Watch
 
 from common import data, errors, evaluation, models, runtime
@@ -211,6 +212,8 @@ class Trial(tune.Trainable):
     """What Ray runs in a process of its own for each trial: `train`, from one report to the next."""
 
     def setup(self, config: dict[str, Any], cfg: Config, trials: Trials, tokenizer, rows, held_out) -> None:
+        if not trials.root.parent.is_dir():
+            raise UserError(f"output_dir={trials.root.parent} is not on this machine: all machines must share it")
         self.trials, self.record = trials, trials.read(self.trial_name)
         self.training = iter(())
         if self.record.status == "failed":
@@ -259,14 +262,15 @@ class Trial(tune.Trainable):
 def search(cfg: Config) -> None:
     """Run all trials, then bring the best one to the full budget, export it and say what the search found."""
     domains = space.param_space(cfg)
-    slots = cluster.slots(cfg)
+    cluster.check(cfg)
     space.check_search(cfg, cfg.train.max_steps)
     accumulation_steps(cfg, 1)
     check_can_push(cfg)
+    if os.path.exists(cfg.model.name):  # trials may have another working directory
+        cfg.model.name = os.path.abspath(cfg.model.name)
     root = Path(cfg.output_dir).resolve()
     only_one = lock(root / ".lock", 0, f"output_dir={cfg.output_dir}: another search runs in it; choose another one")
     stop = runtime.StopRequest(cfg.runtime)
-    cluster.share_cores(slots)
     tokenizer = models.load_tokenizer(cfg.model)
     models.load_model_config(cfg.model, cfg.data)
     rows, held_out = build_dataloaders(cfg, tokenizer)
@@ -280,34 +284,40 @@ def search(cfg: Config) -> None:
 
     with Stopping(root).follow(stop):
         if len([record for record in trials.read_all() if record.status]) < cfg.search.trials:
-            with cluster.start(root, slots):
-                run_trials(cfg, trials, domains, tokenizer, rows, held_out)
+            with cluster.ray_cluster(cfg, root) as placed:
+                run_trials(cfg, trials, domains, tokenizer, rows, held_out, *placed)
         if stop.reason:
-            return outcome.interrupted(cfg, PROJECT, trials, slots, stop.reason)
+            return outcome.interrupted(cfg, PROJECT, trials, stop.reason)
     winner = best(trials.read_all())
     if winner is None:
-        raise outcome.all_failed(cfg, PROJECT, trials, slots)
+        raise outcome.all_failed(cfg, PROJECT, trials)
     final = outcome.final_run(cfg, winner)
     for _ in train(final, tokenizer, rows, held_out, stop, is_trial=False):
         pass
-    outcome.finish(cfg, trials, winner, slots)
+    outcome.finish(cfg, trials, winner)
     only_one.close()
 
 
-def run_trials(cfg: Config, trials: Trials, domains: dict, tokenizer, rows: data.TokenizedRows, held_out) -> None:
-    """All trials that have not ended yet, as many at a time as there are devices."""
+def run_trials(
+    cfg: Config, trials: Trials, domains: dict, tokenizer, rows, held_out, slots: int, gpu_share: float
+) -> None:
+    """All trials that have not ended yet, `slots` at a time, each with `gpu_share` of a GPU."""
+    Spans(trials.root.parent / "spans.jsonl").note("session", devices=slots)
     # The rows go into Ray's shared memory once, and every trial reads them there.
     trainable = tune.with_parameters(Trial, cfg=cfg, trials=trials, tokenizer=tokenizer, rows=rows, held_out=held_out)
-    trainable = tune.with_resources(trainable, {"cpu": 1, "gpu": cluster.gpu_share(cfg)})
+    trainable = tune.with_resources(trainable, {"cpu": 1, "gpu": gpu_share})
     experiment = str(trials.root.parent / "tune")
     if tune.Tuner.can_restore(experiment):
         tuner = tune.Tuner.restore(experiment, trainable, param_space=domains)
     else:
         default = [space.default_parameters(cfg)]
+        # A cluster of this machine has room for `slots` trials only, one that is there already for more.
+        limit = slots if cluster.joined() and cfg.search.concurrent_trials else 0
         if cfg.search.algorithm == "optuna":
             algorithm = OptunaSearch(points_to_evaluate=default, seed=cfg.seed)
+            algorithm = ConcurrencyLimiter(algorithm, limit) if limit else algorithm
         else:
-            algorithm = BasicVariantGenerator(points_to_evaluate=default, random_state=cfg.seed)
+            algorithm = BasicVariantGenerator(default, limit, random_state=cfg.seed)
         first = 1 if cfg.search.algorithm == "optuna" else 0  # what Ray counts from
 
         def name(trial) -> str:

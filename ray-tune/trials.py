@@ -137,15 +137,21 @@ class Spans:
     def __init__(self, path: Path):
         self._lines = JsonLines(path)
 
-    def note(self, event: str, trial: str = "") -> None:
-        self._lines.append({"time": round(time.time(), 2), "event": event, "trial": trial})
+    def note(self, event: str, **what: str | int) -> None:
+        """A `session` (a start of the search, with its `devices`) and its end; a `trial`'s start and end."""
+        self._lines.append({"time": round(time.time(), 2), "event": event, **what})
 
-    def busy(self, devices: int) -> tuple[float, float, float]:
-        """(seconds of all starts from the first trial's start to the last one's end, busy share of the devices, the
-        share up to the start of the last trial, from when on a device may find nothing left to do).
+    def busy(self) -> dict[str, float | None]:
+        """How many devices the last session had; seconds from the first trial's start to the last one's end, over all
+        sessions; the busy share of the devices; that share up to the start of the last trial, from when on a device may
+        find nothing left to do.
         """
-        wall = used = until_wall = until_used = 0.0
-        for events in self._sessions():
+        wall = room = used = until_room = until_used = 0.0
+        devices = None
+        for session, *events in self._sessions():
+            devices = session["devices"]
+            if not any(e["event"] == "start" for e in events):
+                continue
             begin, end = events[0]["time"], events[-1]["time"]
             last_start = max(e["time"] for e in events if e["event"] == "start")
             open_since: dict[str, float] = {}
@@ -153,20 +159,24 @@ class Spans:
             for e in events:
                 if e["event"] == "start":
                     open_since[e["trial"]] = e["time"]
-                elif e["trial"] in open_since:
+                elif e.get("trial") in open_since:
                     spans.append((open_since.pop(e["trial"]), e["time"]))
             spans += [(since, end) for since in open_since.values()]
-            wall, until_wall = wall + end - begin, until_wall + last_start - begin
+            wall, room = wall + end - begin, room + devices * (end - begin)
+            until_room += devices * (last_start - begin)
             used += sum(b - a for a, b in spans)
             until_used += sum(min(b, last_start) - min(a, last_start) for a, b in spans)
-        share = lambda used, wall: round(used / (wall * devices), 4) if wall else None  # noqa: E731
-        return round(wall, 1), share(used, wall), share(until_used, until_wall)
+        return {
+            "devices": devices,
+            "wall_seconds": round(wall, 1),
+            "devices_busy": round(used / room, 4) if room else None,
+            "devices_busy_until_last_start": round(until_used / until_room, 4) if until_room else None,
+        }
 
     def _sessions(self) -> list[list[dict]]:
         sessions: list[list[dict]] = []
         for event in self._lines.read():
             if event["event"] == "session":
                 sessions.append([])
-            elif sessions:
-                sessions[-1].append(event)
-        return [s for s in sessions if any(e["event"] == "start" for e in s)]
+            sessions[-1].append(event)
+        return sessions

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cluster
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from common.report import read_json
 from common.runtime import StopRequest
 
 MOST_SECONDS_TO_SAVE = 300
+WAIT_SECONDS = 30  # without any trial, before the user is told what for
 
 
 class Stopping:
@@ -67,7 +69,7 @@ class Watch(Callback):
         root = self._trials.root.parent
         self._stopping, self._asked, self._saved = Stopping(root), None, set()
         self._spans = Spans(root / "spans.jsonl")
-        self._spans.note("session")
+        self._tell_at = time.monotonic() + WAIT_SECONDS
         self._trials.delete_checkpoints()  # what a kill may have left
         ended = sum(bool(record.status) for record in self._trials.read_all())
         if ended:
@@ -75,7 +77,12 @@ class Watch(Callback):
         self._bar = tqdm(total=self._count, initial=ended, desc="Searching", unit="trial", dynamic_ncols=True)
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:
-        """Ends Ray's loop once every running trial has saved what it did."""
+        """Ends Ray's loop once every running trial has saved what it did; says so if the cluster has no room."""
+        if cluster.joined() and time.monotonic() > self._tell_at:
+            self._tell_at = float("inf")
+            self._bar.write(
+                "Waiting: the cluster has started no trial yet; `ray status` shows who holds its GPUs and CPUs"
+            )
         if not self._stopping.reason:
             return
         self._asked = self._asked or time.monotonic()
@@ -84,7 +91,8 @@ class Watch(Callback):
             signal.raise_signal(signal.SIGUSR1)  # Ray's way to be interrupted: its state is saved, nothing is ended
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
-        self._spans.note("start", str(trial))
+        self._tell_at = float("inf")
+        self._spans.note("start", trial=str(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict, **_) -> None:
         if result.get("interrupted"):
@@ -108,16 +116,16 @@ class Watch(Callback):
         self._bar.close()
 
     def _end(self, trial: Trial, status: str, error: str = "") -> None:
-        self._spans.note("end", str(trial))
-        if not self._trials.read(str(trial)).status:
+        self._spans.note("end", trial=str(trial))
+        if not self._trials.read(str(trial)).status:  # else it had ended before a kill, and was counted at the start
             self._trials.end(str(trial), status, error)
+            self._bar.update()
         if status == "stopped":
             self._bar.write(f"{trial}  stopped early")
         self._trials.delete_checkpoints()
         leader = best(self._trials.read_all())
         if leader:
             self._bar.set_postfix_str(f"best {leader.name}: {leader.last[1]:.4f} at step {leader.last[0]:,}")
-        self._bar.update()
 
 
 def _last_line(trial: Trial) -> str:

@@ -5,15 +5,18 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import REPOSITORY
 
+RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
 SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.eval_rows=16"]
 STEPS = 30
@@ -140,3 +143,67 @@ def kill_all(process: subprocess.Popen) -> None:
         member.send_signal(signal.SIGKILL)
     psutil.wait_procs(family, timeout=30)
     process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_nodes(home: Path, *resources: list[str]) -> Iterator[dict[str, str]]:
+    """A cluster of Ray, started from `home` with `ray start`: a node for each of `resources`; the variables to join it.
+
+    What `--num-gpus` says are GPUs to Ray alone: it hands them out, and PyTorch sees none.
+    """
+    port, variables = free_port(), environment(**RAY)
+    variables.pop("PYTHONPATH")  # workers get `common` from Ray
+    temporary = f"/tmp/ray-test-{os.getpid()}-{port}"
+    head = ["--head", f"--port={port}", f"--temp-dir={temporary}", f"--dashboard-port={free_port()}"]
+    nodes = []
+    try:
+        for options in resources:
+            log = home / f"node-{len(nodes)}.log"
+            place = [f"--address=127.0.0.1:{port}"] if nodes else head
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *place, *options]
+            with log.open("wb") as file:
+                command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
+                nodes.append(psutil.Popen(command, cwd=home, env=variables, stdout=file, stderr=file))
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in log.read_text():
+                assert nodes[-1].is_running() and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield RAY | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        assert all(node.is_running() and node.status() != psutil.STATUS_ZOMBIE for node in nodes)  # left as it was
+    finally:
+        family = [member for node in nodes for member in [*node.children(recursive=True), node]]
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        psutil.wait_procs(family, timeout=60)
+        subprocess.run(["rm", "-rf", temporary], check=True)
+
+
+@contextlib.contextmanager
+def another_job_with_a_gpu(cluster: dict[str, str]) -> Iterator[None]:
+    """Another user's job, which holds one GPU of the cluster as long as the block runs."""
+    script = """
+import ray, sys
+ray.init(log_to_driver=False, logging_level="ERROR")
+holder = ray.remote(num_gpus=1, num_cpus=0)(type("Holder", (), {"there": lambda self: True})).remote()
+print(ray.get(holder.there.remote()), flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment(**cluster),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "True\n"
+        yield
+    finally:
+        process.communicate("", timeout=60)

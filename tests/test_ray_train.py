@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +14,9 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import (
     EQUAL,
+    RAY,
     SMOKE,
+    another_job_with_a_gpu,
     assert_close,
     curve,
     environment,
@@ -25,6 +25,7 @@ from launching import (
     losses,
     metrics,
     project_modules,
+    ray_nodes,
     run,
     start,
     wait_for_step,
@@ -39,7 +40,6 @@ PROJECT = "ray-train"
 # tiny:bloom's gradient norms are about a half: some steps clip, some do not.
 SAME = [*EQUAL, "model.name=tiny:bloom", "train.weight_decay=0.1", "train.max_grad_norm=0.5"]
 TOKEN = "hf_writer"  # which Ray must write nowhere
-RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 
 
 def fit(*settings: str, **options) -> str:
@@ -242,42 +242,11 @@ def test_a_second_ctrl_c_ends_all_at_once(tmp_path):
     assert not alive
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def two_nodes(tmp_path_factory):
-    """The variables of a cluster of two machines, one CPU each, started with `ray start` from elsewhere."""
-    home, port, variables = tmp_path_factory.mktemp("home"), free_port(), environment(**RAY)
-    variables.pop("PYTHONPATH")  # workers get `common` from Ray
-    temporary = f"/tmp/ray-test-{os.getpid()}"
-    parts = [
-        ["--head", f"--port={port}", f"--temp-dir={temporary}", f"--dashboard-port={free_port()}"],
-        [f"--address=127.0.0.1:{port}"],
-    ]
-    nodes = []
-    try:
-        for options in parts:
-            log = home / f"node-{len(nodes)}.log"
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *options]
-            with log.open("wb") as file:
-                command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
-                nodes.append(psutil.Popen(command, cwd=home, env=variables, stdout=file, stderr=file))
-            deadline = time.monotonic() + 120
-            while "Ray runtime started" not in log.read_text():
-                assert nodes[-1].is_running() and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield RAY | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-    finally:
-        family = [member for node in nodes for member in [*node.children(recursive=True), node]]
-        for member in family:
-            with contextlib.suppress(psutil.Error):
-                member.kill()
-        psutil.wait_procs(family, timeout=60)
-        subprocess.run(["rm", "-rf", temporary], check=True)
+    """The variables of a cluster of two machines, one CPU each, started from elsewhere."""
+    with ray_nodes(tmp_path_factory.mktemp("home"), ["--num-cpus=1"], ["--num-cpus=1"]) as variables:
+        yield variables
 
 
 @pytest.mark.slow
@@ -286,6 +255,15 @@ def test_workers_spread_over_two_machines_of_a_cluster_that_is_there(two_nodes, 
     assert_close(losses(tmp_path), ddp[:4], 1e-4)
     nodes = json.loads((tmp_path / "environment.json").read_text())["nodes"]
     assert len(nodes) == 2 == len(set(nodes)), nodes
+
+
+@pytest.mark.slow
+def test_a_gpu_that_another_job_holds_ends_in_one_line(tmp_path):
+    with ray_nodes(tmp_path, ["--num-cpus=2", "--num-gpus=1"]) as cluster, another_job_with_a_gpu(cluster):
+        variables = cluster | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+        line = error_line(run(PROJECT, *SMOKE, f"output_dir={tmp_path}/run", exit_code=2, processes=1, **variables))
+    assert "within 5 seconds" in line and "another job holds" in line and "ray.workers" in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 # Each with the words that the one line must hold: the key or file, and what to set.

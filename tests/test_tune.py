@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,18 @@ import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, refused
-from launching import assert_close, environment, error_line, losses, metrics, project_modules, run, start
+from launching import (
+    another_job_with_a_gpu,
+    assert_close,
+    environment,
+    error_line,
+    losses,
+    metrics,
+    project_modules,
+    ray_nodes,
+    run,
+    start,
+)
 from transformers import AutoModelForCausalLM
 from wandb_log import history, read_wandb
 
@@ -22,13 +34,16 @@ from common import data, models
 from common.config import load_config
 
 PROJECT = "ray-tune"
-# smoke.yaml with a fifth of its steps. Which trials are stopped, and what that saves, depends on the seed alone.
+# smoke.yaml with fewer trials and a fifth of its steps. Which trials are stopped, and what that saves, depends on the
+# seed alone.
 SEARCH = [
     "data.eval_rows=16",
     "train.max_steps=90",
     "train.warmup_steps=5",
     "search.space.warmup_steps.choice=[0,5]",
+    "search.trials=6",
     "search.grace_period=10",
+    "search.reduction_factor=3",
     "eval.every=10",
     "checkpoint.every=10",
 ]
@@ -79,6 +94,13 @@ def _with_folder(folder: str) -> list[psutil.Process]:
         if any(folder in word for word in words) and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
+
+
+def most_at_a_time(run_dir: Path) -> tuple[int, int]:
+    """How many devices the search knew, and the most trials that held one at a time."""
+    events = [json.loads(line) for line in (run_dir / "spans.jsonl").read_text().splitlines()]
+    changes = [{"start": 1, "end": -1}.get(event["event"], 0) for event in events]
+    return events[0]["devices"], max(sum(changes[:i]) for i in range(1, len(changes) + 1))
 
 
 def wait_until(process: subprocess.Popen, path: Path, text: str) -> None:
@@ -236,6 +258,64 @@ def test_a_search_that_was_stopped_and_then_killed_comes_to_the_same_end(whole, 
     assert before["trial-001"] == losses(trial(expected, 1))[: len(before["trial-001"])]
     weights = [AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (folder, expected)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_a_search_stops_when_its_hours_are_over_and_goes_on_by_the_same_command(whole, tmp_path):
+    expected, _, _ = whole
+    # A third of what the whole search took from its first trial on: before that, data are read and Ray is started.
+    seconds = json.loads((expected / "summary.json").read_text())["search"]["wall_seconds"] / 3
+    settings = [*SEARCH, "tracking.backend=none", f"output_dir={tmp_path}"]
+    hours = f"runtime.max_hours={seconds / 3600:.6f}"
+    output = run(PROJECT, *settings, hours)
+    assert f"Stopped ({hours} is over); the same command goes on from here" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["search"]["completed"] < 6
+    begun = [
+        path.parent for path in tmp_path.glob("trials/*/metrics.jsonl") if not (path.parent / "ended.json").exists()
+    ]
+    for folder in begun:
+        saved = json.loads((folder / "summary.json").read_text())
+        assert saved["status"] == "interrupted" and (folder / f"checkpoints/step-{saved['steps']:08d}").is_dir()
+    run(PROJECT, *settings, "runtime.max_hours=3")
+    assert table(tmp_path) == table(expected)
+    assert {f.name: losses(f)[:10] for f in begun} == {f.name: losses(expected / "trials" / f.name)[:10] for f in begun}
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tmp_path_factory):
+    """A cluster that is there already, with a GPU for Ray to hand out: PyTorch sees none, so trials use the CPU."""
+    with ray_nodes(tmp_path_factory.mktemp("home"), ["--num-cpus=4", "--num-gpus=1"]) as variables:
+        yield variables
+
+
+@pytest.mark.slow
+def test_two_trials_share_a_gpu_of_a_cluster_that_is_there(whole, one_gpu, tmp_path):
+    settings = [*SEARCH, "tracking.backend=none", "search.gpus_per_trial=0.5", f"output_dir={tmp_path}/search"]
+    run(PROJECT, *settings, **one_gpu)
+    assert table(tmp_path / "search") == table(whole[0])
+    assert most_at_a_time(tmp_path / "search") == (2, 2)
+    assert not (tmp_path / "search/ray-folder").exists()
+
+
+@pytest.mark.slow
+def test_a_search_waits_for_a_gpu_that_another_job_holds_and_takes_no_more_than_it_may(one_gpu, untied, tmp_path):
+    """With a local model by a relative path, and four trials for which the GPU would have room, two of them at most."""
+    settings = [*QUICK, "search.space.warmup_steps.choice=[0,4]", f"model.name={os.path.relpath(untied, REPOSITORY)}",
+                "search.algorithm=optuna", "search.trials=3", "search.gpus_per_trial=0.25",
+                "search.concurrent_trials=2"]  # fmt: skip
+    with another_job_with_a_gpu(one_gpu):
+        process = start(PROJECT, *settings, f"output_dir={tmp_path}/search", **one_gpu)
+        seen = ""
+        while "Waiting: the cluster has started no trial yet" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        assert not (tmp_path / "search/trials").exists()
+    output = seen + process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert sorted(row["trial"] for row in table(tmp_path / "search")) == [f"trial-{n:03d}" for n in range(3)]
+    assert most_at_a_time(tmp_path / "search") == (2, 2)
 
 
 @pytest.mark.slow
@@ -452,13 +532,50 @@ def test_a_mistake_is_refused_before_anything_is_loaded(modules, monkeypatch, tm
     assert not (tmp_path / "run/trials").exists()
 
 
+def test_what_a_cluster_cannot_give_is_refused(modules, monkeypatch, tmp_path):
+    cluster, train = modules["cluster"], modules["train"]
+
+    def config(*settings: str):
+        return load_config(train.Config, REPOSITORY / PROJECT / "smoke.yaml", [f"output_dir={tmp_path}/run", *settings])
+
+    def place(gpus: int, cpus: int, *settings: str) -> tuple[int, float]:
+        return cluster.place(config(*settings), {"CPU": float(cpus), "GPU": float(gpus)})
+
+    assert place(2, 2) == (2, 1.0) and place(0, 2) == (2, 0.0)
+    assert place(2, 2, "search.gpus_per_trial=0.3") == (6, 0.3)  # three fit one GPU, a fourth would lie on two
+    assert place(2, 2, "search.gpus_per_trial=0.5", "search.concurrent_trials=3") == (3, 0.5)
+    assert place(0, 2, "search.concurrent_trials=5") == (5, 0.0)
+    with refused("search.gpus_per_trial=3", "this machine has 2 GPUs"):
+        place(2, 2, "search.gpus_per_trial=3")
+    with refused("search.gpus_per_trial=2", "one GPU", "fraction"):
+        place(2, 2, "search.gpus_per_trial=2")
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert place(0, 7) == (7, 0.0) and place(0, 7, "search.concurrent_trials=9") == (7, 0.0)
+    with refused("search.gpus_per_trial=2", "the cluster has 1 GPUs"):
+        place(1, 7, "search.gpus_per_trial=2")
+    monkeypatch.setattr(models, "load_tokenizer", lambda *_: pytest.fail("the model was loaded"))
+    with refused("RAY_ADDRESS=127.0.0.1:1", "no cluster answers", "ray start"):
+        train.search(config())
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    with refused("RAY_ADDRESS=ray://10.0.0.1:10001", "HOST:6379"):
+        train.search(config())
+
+
+def test_a_machine_that_does_not_see_the_searchs_folder_says_so(modules, tmp_path):
+    trials, trial = modules["trials"].Trials(tmp_path / "elsewhere/trials", 9, [], 3), modules["train"].Trial
+    with refused(f"output_dir={tmp_path}/elsewhere", "all machines must share it"):
+        trial.setup(object.__new__(trial), {}, None, trials, None, None, None)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     begin = modules["outcome"].begin
     config = modules["train"].Config, REPOSITORY / PROJECT / "smoke.yaml"
     cfg = load_config(*config, [f"output_dir={tmp_path}"])
     begin(cfg, tmp_path, "abc")
     begin(load_config(*config, [f"output_dir={tmp_path}", "runtime.max_hours=3"]), tmp_path, "abc")
-    for setting, key in (("search.trials=9", "search.trials"), ("seed=1", "seed"), ("train.max_steps=9", "max_steps")):
+    for setting, key in (("search.trials=7", "search.trials"), ("seed=1", "seed"), ("train.max_steps=9", "max_steps")):
         with refused(key, "checkpoint.resume=never"):
             begin(load_config(*config, [f"output_dir={tmp_path}", setting]), tmp_path, "abc")
     with refused("training data", "checkpoint.resume=never"):

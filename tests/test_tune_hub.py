@@ -5,7 +5,7 @@ from launching import error_line, run
 
 PROJECT = "ray-tune"
 # Only the budget and the number of trials are changed; the least budget with a rung and the warm-ups below it.
-SMALL = ["search.trials=2", "train.max_steps=53"]
+SMALL = ["search.trials=2", "train.max_steps=27"]
 
 
 @pytest.mark.slow
