@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch
 
 from common.config import REPOSITORY, BaseConfig
 from common.errors import UserError
+from common.ray_address import check_address, joined, not_joined
 
-CONNECT_SECONDS = 20
 SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials stay where paths such as model.name=my-model were meant
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -88,27 +87,6 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
                 note.unlink()
 
 
-def joined() -> str:
-    """The address of the cluster to join; empty: one is started on this machine."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return "" if address == "local" else address
-
-
-def check_address(address: str) -> None:
-    """Raise `UserError` for an address where nothing listens; anything else is told by `_join`."""
-    if address.startswith("ray://"):
-        raise UserError(f"RAY_ADDRESS={address}: start train.py on a machine of the cluster, with its HOST:6379")
-    if address and address != "auto":
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"RAY_ADDRESS={address}: no cluster answers there ({error}); `ray start --head` prints the address. "
-                f"Without RAY_ADDRESS, a cluster of this machine is started"
-            ) from None
-
-
 def _join(address: str, options: dict) -> None:
     check_address(address)
     try:
@@ -117,10 +95,7 @@ def _join(address: str, options: dict) -> None:
         modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
         ray.init(address=address, runtime_env={"py_modules": modules}, **options)
     except Exception as error:  # whatever Ray's client makes of a port that something else listens at
-        raise UserError(
-            f"RAY_ADDRESS={address}: no cluster answers there: {str(error).splitlines()[0]}. If `ray start` spoke of "
-            f"token authentication, set RAY_AUTH_MODE=token, and on another machine copy ~/.ray/auth_token to it"
-        ) from None
+        raise not_joined(address, error) from None
 
 
 def this_machine() -> dict[str, float]:

@@ -40,6 +40,7 @@ from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
+from common.ray_address import joined
 from common.run_folder import RunFolder, write_json
 from common.schedule import lr_schedule
 
@@ -312,7 +313,7 @@ def run_trials(
     else:
         default = [space.default_parameters(cfg)]
         # A cluster of this machine has room for `slots` trials only, one that is there already for more.
-        limit = slots if cluster.joined() and cfg.search.concurrent_trials else 0
+        limit = slots if joined() and cfg.search.concurrent_trials else 0
         if cfg.search.algorithm == "optuna":
             algorithm = OptunaSearch(points_to_evaluate=default, seed=cfg.seed)
             algorithm = ConcurrencyLimiter(algorithm, limit) if limit else algorithm

@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cluster
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from tqdm.auto import tqdm
 from trials import Spans, Trials, best
 
+from common.ray_address import joined
 from common.report import read_json
 from common.runtime import StopRequest
 
@@ -78,7 +78,7 @@ class Watch(Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:
         """Ends Ray's loop once every running trial has saved what it did; says so if the cluster has no room."""
-        if cluster.joined() and time.monotonic() > self._tell_at:
+        if joined() and time.monotonic() > self._tell_at:
             self._tell_at = float("inf")
             self._bar.write(
                 "Waiting: the cluster has started no trial yet; `ray status` shows who holds its GPUs and CPUs"
