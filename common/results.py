@@ -202,6 +202,39 @@ def offload_headline(folder: Path, name: str) -> str:
     )
 
 
+def pipeline_table(folder: Path, *names: str) -> str:
+    """What the stages compute, and for which part of a step they do."""
+    records = read(folder, *names)
+    by_stage = lambda text, values: " / ".join(text.format(value) for value in values)  # noqa: E731
+
+    def milliseconds(r: dict) -> list[float]:
+        stages = [r[f"stage-times-{rank}"] for rank in range(r["gpus"])]
+        return [1e3 * (stage["forward"] + stage["backward"]) for stage in stages]
+
+    columns = {
+        "run": lambda r: r["label"],
+        "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
+        "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
+        "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "efficiency": lambda r: f"{r['efficiency']:.0%}",
+        "ideal": lambda r: f"{r['ideal']:.0%}",
+        "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
+    }
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+
+
+def pipeline_headline(folder: Path, name: str) -> str:
+    (r,) = read(folder, name)
+    peaks = " and ".join(f"{peak:.1f}" for peak in r["summary"]["peak_gpu_gib_by_rank"])
+    return (
+        f"{peaks} GiB of {r['settings']['runtime.gpu_memory_limit_gib']} on two stages; "
+        f"{r['efficiency'] / r['ideal']:.0%} of the ideal efficiency on {r['gpus']} "
+        f"{r['environment']['gpus'][0]['name']}"
+    )
+
+
 def early_stopping_table(folder: Path, name: str) -> str:
     """ray-tune's rule replayed on whole curves: a row for each space, number of trials and first rung."""
     (r,) = read(folder, name)
@@ -268,6 +301,8 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-offload speed": (offload_table, *OFFLOAD_CASES),
     "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
+    "deepspeed-pipeline stages": (pipeline_table, "shipped-computed"),
+    "deepspeed-pipeline headline": (pipeline_headline, "shipped-computed"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),

@@ -20,6 +20,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -29,7 +30,8 @@ from deepspeed.accelerator import get_accelerator
 from ds_settings import read_ds_config
 from gradient_norm import sum_once
 from masters import KINDS, pieces, read_state, write_state
-from stages import DecoderPipeline, check_family, checkpoint_activations, layers_by_stage, stage_count, warn_of_waiting
+from partition import costs, describe, layers_by_stage
+from stages import DecoderPipeline, check_family, checkpoint_activations, stage_count, warn_of_waiting
 from transformers import PreTrainedModel
 
 from common import data, errors, evaluation, models, runtime
@@ -49,7 +51,8 @@ GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be lar
 class PipelineConfig:
     ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
     stages: int = key(0, "stages that the layers are cut into, each on a process of its own; 0: one on each", minimum=0)
-    partition: str = key("auto", "decoder layers of each stage, such as 10,6; auto: by what layers and head compute")
+    partition: str = key("measured", "decoder layers of each stage, such as 10,6; measured: by the times of layer and "
+                         "head on this device; computed: by their operations")  # fmt: skip
 
 
 @dataclass
@@ -229,9 +232,13 @@ def train(cfg: Config) -> None:
         tokenizer = models.load_tokenizer(cfg.model)
         model_config = models.load_model_config(cfg.model, cfg.data)
         check_family(model_config, cfg.model.name)
-        checkpointing = cfg.train.activation_checkpointing
-        partition = layers_by_stage(model_config, cfg.pipeline.partition, stages, cfg.data.max_length, checkpointing)
+        measure = partial(costs, cfg, model_config, device, dtype)
+        partition, found_costs = layers_by_stage(model_config, cfg.pipeline.partition, stages, measure)
         environment["pipeline"] = {"layers_by_stage": partition, "pipelines": pipelines, "micro_batches": micro_batches}
+        if found_costs:
+            environment["pipeline"][f"{cfg.pipeline.partition}_costs"] = found_costs._asdict()
+        if rank == 0:
+            print(describe(partition, found_costs, cfg.pipeline.partition))
         rows, held_out = build_dataloaders(cfg, tokenizer, pipeline, pipelines)
         engine, model = build_model(cfg, settings, partition, device, dtype)
         zero = engine.optimizer

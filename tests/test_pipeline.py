@@ -37,7 +37,7 @@ SAME = [*EQUAL, "train.weight_decay=0.1"]  # what both projects are given
 
 @pytest.fixture(scope="module")
 def modules():
-    with project_modules(PROJECT, "stages", "masters", "ds_settings", "train") as found:
+    with project_modules(PROJECT, "stages", "partition", "masters", "ds_settings", "train") as found:
         yield found
 
 
@@ -101,7 +101,7 @@ def test_losses_and_gradient_norms_are_those_of_ddp(ddp, names, tmp_path, kind, 
 @pytest.mark.parametrize(
     ("settings", "relative"),
     [
-        (["train.activation_checkpointing=true"], 1e-4),
+        (["train.activation_checkpointing=true", "pipeline.partition=measured"], 1e-4),
         (["pipeline.partition=1,3", "data.packing=wrapped"], None),
         (["train.precision=bf16", "train.compile=true"], 2e-2),
     ],
@@ -118,6 +118,10 @@ def test_options_train_alike(ddp, tmp_path, settings, relative):
     else:
         expected = [loss for loss, _ in losses(ddp("tied"))[:steps]]
         assert [loss for loss, _ in losses(tmp_path / "ours")] == pytest.approx(expected, rel=relative)
+    if "pipeline.partition=measured" in settings:
+        grid = json.loads((tmp_path / "ours/environment.json").read_text())["pipeline"]
+        costs = grid["measured_costs"]  # of this machine: tiny layers' times are nearly noise, but this much is sure
+        assert 0 < costs["embedding"] < costs["head"] and costs["layer"] > 0 and sum(grid["layers_by_stage"]) == 4
 
 
 # Started by a launcher: after the training each rank tells what it holds, and what it does not.
@@ -206,6 +210,7 @@ def test_a_run_leaves_its_records(undisturbed):
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["status"] == "completed" and summary["peak_gpu_gib_by_rank"] == [0.0, 0.0]  # CPU processes
     grid = json.loads((undisturbed / "environment.json").read_text())["pipeline"]
+    assert grid.pop("computed_costs").keys() == {"embedding", "layer", "head"}
     assert grid == {"layers_by_stage": [3, 1], "pipelines": 1, "micro_batches": 4}
     (wandb_run,) = undisturbed.rglob("*.wandb")  # the main process's alone, though the loss is another's
     logged = history(read_wandb(wandb_run))
@@ -293,7 +298,7 @@ def test_the_export_is_the_pipelines_model(undisturbed, tmp_path):
 MISTAKES = {
     "misspelt key": (["pipeline.stage=2"], ["pipeline.stage", "pipeline.stages"]),
     "ranks and stages": (["pipeline.stages=2"], ["pipeline.stages=2", "1 processes", "set it to 1"]),
-    "no numbers": (["pipeline.partition=most"], ["pipeline.partition=most", "auto", "4 decoder layers"]),
+    "no numbers": (["pipeline.partition=most"], ["pipeline.partition=most", "measured, computed", "4 decoder layers"]),
     "layers that do not add up": (["pipeline.partition=3"], ["pipeline.partition=3", "4 decoder layers"]),
     "family": (["model.name=tiny:opt"], ["model.name=tiny:opt", "a opt model", "llama, qwen2"]),
     "global batch": (["train.global_batch_size=15"], ["train.global_batch_size=15", "14 or 16"]),
@@ -357,24 +362,27 @@ LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers":
 
 
 def test_the_partition_weighs_the_head_against_layers(modules):
-    cut = modules["stages"].layers_by_stage
+    partition = modules["partition"]
     shape = llama(**LLAMA_1B)
-    layer, head = modules["stages"].costs(shape, 512, False)
-    assert layer == pytest.approx(6 * 60817408, rel=0.05) and head == 6 * 262668288
-    for checkpointing, stages, expected in [
-        (False, 1, [16]),
-        (False, 2, [10, 6]),
-        (True, 2, [10, 6]),
-        (True, 4, [5, 5, 5, 1]),
-        (False, 16, [1] * 16),
+    computed = {checkpointing: partition.computed_costs(shape, 512, checkpointing) for checkpointing in (False, True)}
+    assert computed[False] == (0, pytest.approx(6 * 60817408, rel=0.05), 6 * 262668288)
+    for costs, stages, expected in [
+        (computed[False], 1, [16]),
+        (computed[False], 2, [10, 6]),
+        (computed[True], 2, [10, 6]),
+        (computed[True], 4, [5, 5, 5, 1]),
+        (computed[False], 16, [1] * 16),
+        (partition.Costs(embedding=0.4, layer=4.7, head=4.4), 2, [8, 8]),
+        (partition.Costs(embedding=2.5, layer=1.0, head=0.5), 4, [2, 5, 5, 4]),
     ]:
-        assert cut(shape, "auto", stages, 512, checkpointing) == expected
-    assert cut(shape, "9,7", 2, 512, True) == [9, 7]
+        found, by = partition.layers_by_stage(shape, "computed", stages, lambda costs=costs: costs)
+        assert found == expected and by == (costs if stages > 1 else None)
+    assert partition.layers_by_stage(shape, "9,7", 2, None) == ([9, 7], None)
     for wrong in ("9,6", "16", "17,-1", "16,0", "8,8,0", "8;8", ""):
         with refused(f"pipeline.partition={wrong}", "2 whole numbers", "16 decoder layers"):
-            cut(shape, wrong, 2, 512, True)
+            partition.layers_by_stage(shape, wrong, 2, None)
     with refused("pipeline.stages=5", "4 decoder layers", "4 or less"):
-        cut(llama(), "auto", 5, 512, True)
+        partition.layers_by_stage(llama(), "measured", 5, None)
 
 
 def test_a_model_that_cannot_be_cut_is_refused(modules):
