@@ -16,11 +16,13 @@ T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.max_st
       "data.eval_split=", "data.train_rows=0", "data.max_length=512", "data.packing=wrapped",
       "train.global_batch_size=16"]  # fmt: skip
 
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
 plain = partial(Case, launcher="deepspeed")
 
 
-def ray(label: str, settings: list[str], gpus: int = 2) -> Case:
-    return Case(label, [*settings, f"ray.workers={gpus}"], gpus=gpus, launcher="python")
+def ray(label: str, settings: list[str], gpus: int = 2, **options) -> Case:
+    return Case(label, [*settings, f"ray.workers={gpus}"], gpus=gpus, launcher="python", **options)
 
 
 def micro(size: int) -> list[str]:
@@ -29,6 +31,9 @@ def micro(size: int) -> list[str]:
 
 CASES = {
     **{f"2gpu-micro-{size}": ray(f"micro-batch {size}", micro(size)) for size in (1, 2, 4, 8)},
+    # What the allocator's cache costs near the limit: pages that may be mapped elsewhere need no flush.
+    "2gpu-micro-1-expandable": ray("micro-batch 1, expandable segments", micro(1), variables=EXPANDABLE),
+    "2gpu-micro-4-expandable": ray("micro-batch 4, expandable segments", micro(4), variables=EXPANDABLE),
     "2gpu-micro-1-no-checkpointing": ray(
         "micro-batch 1, without checkpointing", [*micro(1), "train.activation_checkpointing=false"]
     ),

@@ -4,7 +4,7 @@
     python bench/ray_tune.py --model FOLDER --text FILE.jsonl    # without the Hub: real shapes (bench/real_shapes.py)
     python bench/ray_tune.py --only asha                         # cases whose names begin so
 
-The same six trials with early stopping and without it, one a GPU, each GPU limited to what a T4 has. A record's
+The same nine trials with early stopping and without it, one a GPU, each GPU limited to what a T4 has. A record's
 `summary.search` has the device seconds, how busy the devices were, and the best loss. The attention kernels are those
 of this machine's GPU: bench/as_t4.py reaches only the process that it starts, and Ray starts the trials.
 """
@@ -19,29 +19,28 @@ TRIALS = [
     "data.eval_rows=256",
     "train.learning_rate=2e-5",  # inside the space of config.yaml
     "train.max_steps=216",
-    "train.warmup_steps=25",
-    "search.grace_period=24",
-    "search.reduction_factor=3",
-    "search.space.warmup_steps.choice=[0,12,25]",
-    "search.trials=6",
-    "eval.every=24",
+    # As config.yaml, for fewer steps: rungs at 12, 48 and 192, behind the longest warm-up.
+    "train.warmup_steps=12",
+    "search.grace_period=12",
+    "search.reduction_factor=4",
+    "search.space.warmup_steps.choice=[0,6,12]",
+    "eval.every=12",
     "checkpoint.every=72",
 ]
+ASHA, NONE = "search.scheduler=asha", "search.scheduler=none"
+
+
+def search(label: str, *settings: str, **options) -> Case:
+    return Case(label, [*TRIALS, *settings], launcher="python", **options)
+
 
 CASES = {
-    "asha": Case("six trials, ASHA", [*TRIALS, "search.scheduler=asha"], launcher="python"),
-    "none": Case("the same trials, no early stopping", [*TRIALS, "search.scheduler=none"], launcher="python"),
-    "asha-1gpu": Case(
-        "six trials, ASHA, one GPU",
-        [*TRIALS, "search.scheduler=asha"],
-        gpus=1,
-        launcher="python",
-        variables={"CUDA_VISIBLE_DEVICES": "0"},
-    ),
-    "half-gpu": Case(
-        "six trials, ASHA, two on each GPU",
-        [*TRIALS, "search.scheduler=asha", "search.gpus_per_trial=0.5"],
-        launcher="python",
+    "asha": search("nine trials, ASHA", ASHA, "search.trials=9"),
+    "none": search("the same trials, no early stopping", NONE, "search.trials=9"),
+    "asha-6": search("six trials, ASHA", ASHA, "search.trials=6"),
+    "half-gpu": search("nine trials, ASHA, two on each GPU", ASHA, "search.trials=9", "search.gpus_per_trial=0.5"),
+    "1gpu-asha": search(
+        "nine trials, ASHA, one GPU", ASHA, "search.trials=9", gpus=1, variables={"CUDA_VISIBLE_DEVICES": "0"}
     ),
 }
 
