@@ -13,7 +13,7 @@ from functools import partial
 
 from cases import Case, measure
 
-ROWS = 4  # packed into a sequence of 1,024 tokens, on average: GSM8K's rows have about 200
+ROWS = 6  # packed into a sequence of 1,024 tokens, on average: GSM8K's rows have about 156
 COMMON = ["data.max_length=1024", "data.eval_rows=64", "data.train_rows=0", "train.max_steps=12",
           "train.activation_checkpointing=true"]  # fmt: skip
 if "--text" in sys.argv:  # config.yaml's columns are Dolly's
@@ -43,6 +43,7 @@ CASES = {
     "speed-2gpu-padded": foundry("the same, one row a sequence", SPEED),
     "speed-2gpu-fsdp": fsdp("`pytorch-fsdp`, bf16, micro-batch 8, full blocks", [*SPEED, *FSDP]),
     "speed-1gpu": foundry("LLM Foundry, one GPU (DDP's path, no FSDP)", [*SPEED, PACKED], gpus=1),
+    "speed-1gpu-fsdp": fsdp("`pytorch-fsdp`, one GPU", [*SPEED, *FSDP], gpus=1),
 }
 
 if __name__ == "__main__":
