@@ -16,7 +16,8 @@ TRIALS = [
     "runtime.gpu_memory_limit_gib=14.7",
     "data.max_length=256",
     "data.eval_split=",  # a file has one split: rows of it are held out
-    "data.eval_rows=256",
+    "data.eval_rows=128",
+    "eval.batch_size=32",
     "train.learning_rate=2e-5",  # inside the space of config.yaml
     "train.max_steps=216",
     # As config.yaml, for fewer steps: rungs at 12, 48 and 192, behind the longest warm-up.
@@ -24,24 +25,29 @@ TRIALS = [
     "search.grace_period=12",
     "search.reduction_factor=4",
     "search.space.warmup_steps.choice=[0,6,12]",
+    # Larger than config.yaml's, which on an H200 would take the CPU's time for launching kernels, 32 times a step.
+    "search.space.micro_batch_size.choice=[16,32]",
+    "train.micro_batch_size=32",
+    "train.activation_checkpointing=true",
     "eval.every=12",
-    "checkpoint.every=72",
+    "checkpoint.every=108",
 ]
 ASHA, NONE = "search.scheduler=asha", "search.scheduler=none"
+NINE, SIX, HALF = "search.trials=9", "search.trials=6", "search.gpus_per_trial=0.5"
 
 
-def search(label: str, *settings: str, **options) -> Case:
-    return Case(label, [*TRIALS, *settings], launcher="python", **options)
+def search(label: str, *settings: str, gpus: int = 2) -> Case:
+    variables = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    return Case(label, [*TRIALS, *settings], gpus=gpus, launcher="python", variables=variables)
 
 
 CASES = {
-    "asha": search("nine trials, ASHA", ASHA, "search.trials=9"),
-    "none": search("the same trials, no early stopping", NONE, "search.trials=9"),
-    "asha-6": search("six trials, ASHA", ASHA, "search.trials=6"),
-    "half-gpu": search("nine trials, ASHA, two on each GPU", ASHA, "search.trials=9", "search.gpus_per_trial=0.5"),
-    "1gpu-asha": search(
-        "nine trials, ASHA, one GPU", ASHA, "search.trials=9", gpus=1, variables={"CUDA_VISIBLE_DEVICES": "0"}
-    ),
+    "asha": search("nine trials, ASHA", ASHA, NINE),
+    "none": search("the same trials, no early stopping", NONE, NINE),
+    "six-asha": search("six trials, ASHA", ASHA, SIX),
+    "1gpu-asha": search("nine trials, two at a time on one GPU, ASHA", ASHA, NINE, HALF, gpus=1),
+    "1gpu-none": search("the same trials, no early stopping", NONE, NINE, HALF, gpus=1),
+    "1gpu-six-asha": search("six trials, two at a time on one GPU, ASHA", ASHA, SIX, HALF, gpus=1),
 }
 
 if __name__ == "__main__":

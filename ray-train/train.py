@@ -87,6 +87,8 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     # DeepSpeed 0.19 still calls them by the names that torch 2.13 gives up.
     warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
     partition_empty(model, settings, device, dtype)
+    # A decoder layer's weights are gathered at once, not linear by linear: fewer, larger messages and fewer hooks.
+    deepspeed.utils.set_z3_leaf_modules(model, [type(models.decoder_layers(model)[0])])
     loss = CausalLMLoss(model)
     # NOTE: ZeRO-3 gathers a module's own weights when it is called. The loss takes the output head's weight and never
     # calls the head; so that weight is gathered for the module that computes the loss as well.
