@@ -25,6 +25,15 @@ from common.errors import UserError
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
+def is_source(path: Path) -> bool:
+    """Whether the file is there and is such a source: a notebook in the percent format, one cell has the parameters."""
+    if path.suffix != ".py" or not path.is_file():
+        return False
+    read = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+    tags = [tag for cell in read.cells for tag in cell.metadata.get("tags", [])]
+    return "kernelspec" in read.metadata and tags == ["parameters"]
+
+
 def source(text: str, address: str, revision: str) -> str:
     """The source with the repository's address, everywhere, and the revision, if there is one."""
     text = text.replace(ADDRESS.search(text)[1], address)

@@ -49,7 +49,9 @@ def _print_text(cell: nbformat.NotebookNode, cell_index: int, execute_reply: dic
 
 
 def record(source: Path, settings: list[str]) -> None:
-    """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if a cell fails."""
+    """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if there is none, or a cell fails."""
+    if not notebook_files.is_source(source):
+        raise UserError(f"{source} is no source of a notebook: name one, such as pytorch-ddp/notebooks/train.py")
     text = source.read_text(encoding="utf-8")
     found = nbformat.reads(notebook_files.notebook(text, None), 4)
     edits = [f"SETTINGS = {settings!r}", "print('recorded with', *SETTINGS, sep='\\n  ')"] if settings else []
@@ -63,4 +65,4 @@ def record(source: Path, settings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(lambda: record(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    errors.run(lambda: record(Path(*sys.argv[1:2]).resolve(), sys.argv[2:]))

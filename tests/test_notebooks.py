@@ -168,6 +168,21 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
     assert all(cell.outputs for cell in recorded.cells if cell.cell_type == "code")
 
 
+def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
+    """Nothing is named, no such file, code that is no notebook, and a `.ipynb` in place of its source."""
+    ipynb = REPOSITORY / "pytorch-ddp/notebooks/train.ipynb"
+    unchanged = ipynb.read_bytes()
+    for named in ([], [tmp_path / "train.py"], [REPOSITORY / "common/data.py"], [ipynb]):
+        command = [sys.executable, "-m", "common.notebook_record", *map(str, named)]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.strip() == (
+            f"error: {named[0] if named else REPOSITORY} is no source of a notebook: "
+            "name one, such as pytorch-ddp/notebooks/train.py"
+        )
+    assert ipynb.read_bytes() == unchanged
+
+
 def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(notebook, "KAGGLE", tmp_path)
     for name in ("working", "input/earlier"):
