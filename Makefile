@@ -56,6 +56,15 @@ format: .venv/ready ## put code and tables into their form
 notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the code that they fetch
 	@$(RUN) python -m common.notebook_files $(REVISION)
 
+# The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
+.PHONY: record-notebooks
+record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embedded runs and keep what they show
+	@$(RUN) for folder in */notebooks; do
+	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=2
+	  python -m common.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
+	  python -m common.notebook_record $$folder/eval.py --config smoke.yaml
+	done
+
 .PHONY: bench
 bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
 	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train ray_tune; do python bench/$$project.py; done

@@ -97,6 +97,11 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines]
 
 
+def processes() -> int:
+    """How many processes the launch scripts start here: one for each GPU, or two on the CPU, unless told otherwise."""
+    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) or 2
+
+
 def check_machine(wanted_gpus: int = 2) -> None:
     """Print what this machine is, and a warning where the project will not run on it, or not as it is meant to."""
     import psutil
@@ -105,7 +110,7 @@ def check_machine(wanted_gpus: int = 2) -> None:
     for gpu in found:
         print(f"{'GPU':15} {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
     if not found:
-        print(f"{'GPU':15} none: two processes on the CPU")
+        print(f"{'GPU':15} none: the CPU computes, in {processes()} process{'es' if processes() > 1 else ''}")
     print(f"{'CPU':15} {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
     print(f"{'disk':15} {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
     print(f"{'Python':15} {platform.python_version()}")
@@ -153,8 +158,7 @@ def launch(project: str, config: str, *settings: str) -> None:
 
 def evaluate(project: str, config: str, *settings: str) -> None:
     """Start the project's eval.py on all GPUs, or on two CPU processes. Raises `CellFailed` if it fails."""
-    processes = len(gpus()) or 2
-    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes())]
     _show([*launcher, f"{project}/eval.py", "--config", config, *settings], quiet=True)
 
 

@@ -19,7 +19,7 @@ from common import notebook, notebook_files, notebook_record
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
 PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
-PROCESSES = {"deepspeed-offload": "1"}  # whose config.yaml is for one GPU
+PROCESSES = {"deepspeed-offload": 1}  # whose config.yaml is for one GPU
 STEPS = {"ray-tune": 53}  # the least with a rung, and with the warm-ups of its space below it
 TRIALS = {"ray-tune": ["search.trials=2"]}
 
@@ -88,7 +88,8 @@ def shown(found: nbformat.NotebookNode) -> str:
 def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, project):
     """Only the number of steps, and of trials, is changed."""
     steps = STEPS.get(project, 3)
-    variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": PROCESSES.get(project, "2")}
+    processes = PROCESSES.get(project, 2)
+    variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": str(processes)}
     run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
     settings = [f"train.max_steps={steps}", *TRIALS.get(project, [])]
     edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
@@ -98,7 +99,8 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     if project != "llm-foundry-finetune":  # whose first steps of 85 of warm-up to 1e-6 move nothing
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert len([record for record in metrics(run) if "loss" in record]) == steps
-    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained and "none: two processes" in trained
+    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained
+    assert f"none: the CPU computes, in {processes} process" in trained
     uploaded, names = hub.root / "models/writer" / project, yaml.safe_load((run / "config.yaml").read_text())
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "model")("We show that")["input_ids"]])
     with torch.no_grad():
@@ -120,7 +122,8 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert results["base"]["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-5)
     assert results["fine_tuned"]["loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
     assert f"{results['fine_tuned']['loss']:.4f}" in evaluated and "image/png" in evaluated
-    assert results["environment"]["world_size"] == 2 and results["samples"][0]["fine_tuned"][:10] in evaluated
+    answer = " ".join(results["samples"][0]["fine_tuned"].split())
+    assert results["environment"]["world_size"] == processes and answer[:10] in evaluated
 
     # The token is in nothing that was written or shown.
     assert "HF_TOKEN        is set" in trained and "hf_writer" not in trained + evaluated
