@@ -2,8 +2,10 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jupytext
 import nbformat
@@ -69,6 +71,29 @@ def test_the_files_are_those_of_their_sources(tmp_path):
     code = [cell for cell in nbformat.read(folder / "train.ipynb", 4).cells if cell.cell_type == "code"]
     assert [bool(cell.outputs) for cell in code] == ["seed=1" not in cell.source for cell in code]
     assert not all(cell.outputs for cell in code)
+    notebook_files.update(tmp_path, check=False, revision="v2")
+    assert [cell.outputs for cell in nbformat.read(folder / "train.ipynb", 4).cells if cell.cell_type == "code"] == [
+        cell.outputs for cell in code
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_the_outputs_are_those_of_a_whole_run_and_name_nothing_of_its_machine(path):
+    assert path.with_suffix(".ipynb").stat().st_size < 400_000
+    code = [cell for cell in nbformat.read(path.with_suffix(".ipynb"), 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell.outputs for cell in code)
+    texts = [text for cell in code for output in cell.outputs for text in texts_of(output)]
+    for wanted in ("torch  ", "GPU  ", "Python  ", notebook_record.SHOWN):
+        assert any(wanted in text for text in texts), wanted
+    for text in texts:
+        assert not re.search(r"(?<![\w.:/<])/(?!dev/)\w[\w.-]*/|\bhf_\w{9}|[Tt]raceback|[Ww]arning", text), text
+        assert len(text.splitlines()) <= 100 and len(notebook.BAR.findall(text)) <= 1, text
+
+
+def texts_of(output: nbformat.NotebookNode) -> list[str]:
+    """What an output has for a reader, pictures aside."""
+    return [output.text] if "text" in output else [v for k, v in output.data.items() if not k.startswith("image/")]
 
 
 def execute(path, edits: list[str], folder, **variables: str) -> str:
