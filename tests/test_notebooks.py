@@ -163,37 +163,95 @@ def test_an_evaluation_without_a_training_says_which_notebook_to_run(tmp_path):
         execute(folder / "eval.ipynb", [f"RUN = Path({str(tmp_path)!r})"], folder)
 
 
-@pytest.mark.slow
-def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what_is_shown(tmp_path):
-    """As on Kaggle, where there is nothing but the notebook. The address is that of this repository's own folder."""
-    source = (REPOSITORY / "pytorch-ddp/notebooks/train.py").read_text()
+# As config.yaml's, but embedded and small.
+SMALL = ["model.name=tiny:qwen2", "data.name=pydoc", "data.train_rows=99", "data.eval_rows=9", "data.max_length=64"]
+# Starts a command where / has what it has here, and its second argument as /kaggle; the first is an empty folder.
+KAGGLE_MACHINE = """
+set -e
+mount -t tmpfs none "$0"
+for path in /*; do
+  if [ -L "$path" ]; then cp -P "$path" "$0"
+  elif [ -d "$path" ]; then mkdir "$0$path"; mount --rbind "$path" "$0$path"
+  fi
+done
+mkdir -p "$0/kaggle"; mount --bind "$1" "$0/kaggle"
+exec chroot "$0" env -C "$PWD" "${@:2}"
+"""
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+def alone(kind: str, folder: Path) -> Path:
+    """The notebook's source without the repository, as on Kaggle; it fetches this repository's newest commit."""
+    source = (REPOSITORY / f"pytorch-ddp/notebooks/{kind}.py").read_text()
     address = notebook_files.ADDRESS.search(source)[1]
     revision = subprocess.run(
         ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    path = tmp_path / "train.py"
-    path.write_text(source.replace(address, str(REPOSITORY)).replace('"main"', f'"{revision}"'))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{kind}.py").write_text(source.replace(address, str(REPOSITORY)).replace('"main"', f'"{revision}"'))
+    return folder / f"{kind}.py"
+
+
+def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
+    command = [*before, sys.executable, "-m", "common.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    settings = ["model.name=tiny:qwen2", "data.name=pydoc", "data.train_rows=99", "data.eval_rows=9",
-                "data.max_length=64"]  # fmt: skip
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(**safe), capture_output=True, text=True)
 
-    def record(*settings: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "common.notebook_record", str(path), *settings]
-        return subprocess.run(command, cwd=REPOSITORY, env=environment(**safe), capture_output=True, text=True)
 
-    failed = record("train.max_step=2")
+@pytest.mark.slow
+def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what_is_shown(tmp_path):
+    path = alone("train", tmp_path)
+    failed = record(path, "train.max_step=2")
     line = failed.stderr.splitlines()[-1]  # the training's error line fails its cell, and the recording
     assert failed.returncode == 2 and "CellFailed: error: " in line and "max_step" in line, failed
     assert not path.with_suffix(".ipynb").exists()
-    done = record(*settings, "train.max_steps=2")
+    done = record(path, *SMALL, "train.max_steps=2")
     assert done.returncode == 0, done
     clone = tmp_path / "multi-gpu-fine-tuning"
     assert json.loads((clone / "runs/pytorch-ddp/summary.json").read_text())["status"] == "completed"
     recorded = nbformat.read(path.with_suffix(".ipynb"), 4)
     assert [cell.source for cell in recorded.cells] == [cell.source for cell in jupytext.read(path).cells]
-    assert "train.max_steps=2" in shown(recorded) and "image/png" in shown(recorded)
-    assert f"in {clone}/runs/pytorch-ddp" in shown(recorded)
+    assert "--config config.yaml" in shown(recorded) and "train.max_steps=2" in shown(recorded)
+    assert "image/png" in shown(recorded) and f"in {clone}/runs/pytorch-ddp" in shown(recorded)
     assert all(cell.outputs for cell in recorded.cells if cell.cell_type == "code")
+
+
+@pytest.mark.slow
+def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third(tmp_path):
+    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and nothing else."""
+    if subprocess.run([*NAMESPACE, "true"]).returncode:
+        pytest.skip("this machine permits no mounts of one's own")
+
+    def session(number: int, kind: str, *settings: str) -> tuple[str, Path, Path]:
+        kaggle = tmp_path / f"session-{number}"
+        (kaggle / "input").mkdir(parents=True)
+        if number > 1:
+            (tmp_path / f"session-{number - 1}/working").rename(kaggle / "input/earlier")
+        alone(kind, kaggle / "working")
+        root = tmp_path / "root"
+        root.mkdir(exist_ok=True)
+        before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle)]
+        done = record(f"/kaggle/working/{kind}.py", *SMALL, "train.max_steps=4", *settings, before=before)
+        assert done.returncode == 0, done
+        assert (kaggle / "temp/multi-gpu-fine-tuning/common/notebook.py").is_file()
+        output = shown(nbformat.read(kaggle / f"working/{kind}.ipynb", 4))
+        return output, kaggle / "working/pytorch-ddp", kaggle / "temp/runs/pytorch-ddp"
+
+    output, kept, _ = session(1, "train", "runtime.max_hours=1e-6")  # over after its first step
+    assert "attach its output as input" in output and "in /kaggle/working/pytorch-ddp" in output
+    assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step-00000001"]
+    assert not (kept / "model").exists()
+
+    output, kept, run = session(2, "train")
+    assert "Going on from the checkpoint of step 1" in output
+    assert [record["step"] for record in metrics(kept) if "loss" in record] == [1, 2, 3, 4]
+    assert (kept / "model/model.safetensors").is_file() and not (kept / "checkpoints").exists()
+    assert (run / "checkpoints/step-00000004").is_dir()  # too large to keep, and not needed
+
+    output, _, run = session(3, "eval")
+    results = json.loads((run / "eval.json").read_text())
+    assert results["fine_tuned"]["model"].endswith("/input/earlier/pytorch-ddp/model")
+    assert f"{results['fine_tuned']['loss']:.4f}" in output
 
 
 def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
@@ -244,6 +302,8 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
     notebook.keep(search, "ray-tune")
     assert "in this session" in capsys.readouterr().out
 
-    monkeypatch.setattr(notebook, "KAGGLE_KEEPS_GB", 1e-9)
-    with pytest.raises(notebook.CellFailed, match="more than"):
+    with (run / "model/file").open("ab") as file:
+        file.truncate(21 * 10**9)  # takes no space on the disk
+    with pytest.raises(notebook.CellFailed, match=rf"21\.0 GB are more than the 20 .* in {run}"):
         notebook.keep(run, "pytorch-ddp")
+    assert not (tmp_path / "working/pytorch-ddp").exists()
