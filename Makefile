@@ -8,7 +8,7 @@ RUN := . .venv/bin/activate &&
 
 .PHONY: help
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 # The stamp is newer than what it was built from, or the environment is brought up to date.
 .venv/ready: requirements.txt pyproject.toml
