@@ -149,6 +149,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert f"{results['fine_tuned']['loss']:.4f}" in evaluated and "image/png" in evaluated
     answer = " ".join(results["samples"][0]["fine_tuned"].split())
     assert results["environment"]["world_size"] == processes and answer[:10] in evaluated
+    assert "done in" in evaluated and "WARNING" not in trained + evaluated
 
     # The token is in nothing that was written or shown.
     assert "HF_TOKEN        is set" in trained and "hf_writer" not in trained + evaluated
