@@ -8,7 +8,7 @@ RUN := . .venv/bin/activate &&
 
 .PHONY: help
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 # The stamp is newer than what it was built from, or the environment is brought up to date.
 .venv/ready: requirements.txt pyproject.toml
@@ -55,6 +55,15 @@ format: .venv/ready ## put code and tables into their form
 .PHONY: notebooks
 notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the code that they fetch
 	@$(RUN) python -m common.notebook_files $(REVISION)
+
+# The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
+.PHONY: record-notebooks
+record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embedded runs and keep what they show
+	@$(RUN) for folder in */notebooks; do
+	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=2
+	  python -m common.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
+	  python -m common.notebook_record $$folder/eval.py --config smoke.yaml
+	done
 
 .PHONY: bench
 bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import codecs
 import importlib.metadata
+import io
 import json
+import math
 import os
 import platform
 import re
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +100,11 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines]
 
 
+def processes() -> int:
+    """How many processes the launch scripts start here: one for each GPU, or two on the CPU, unless told otherwise."""
+    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) or 2
+
+
 def check_machine(wanted_gpus: int = 2) -> None:
     """Print what this machine is, and a warning where the project will not run on it, or not as it is meant to."""
     import psutil
@@ -105,7 +113,7 @@ def check_machine(wanted_gpus: int = 2) -> None:
     for gpu in found:
         print(f"{'GPU':15} {gpu['name']}, memory {gpu['memory']}, compute capability {gpu['capability']}")
     if not found:
-        print(f"{'GPU':15} none: two processes on the CPU")
+        print(f"{'GPU':15} none: the CPU computes, in {processes()} process{'es' if processes() > 1 else ''}")
     print(f"{'CPU':15} {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory")
     print(f"{'disk':15} {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
     print(f"{'Python':15} {platform.python_version()}")
@@ -153,8 +161,7 @@ def launch(project: str, config: str, *settings: str) -> None:
 
 def evaluate(project: str, config: str, *settings: str) -> None:
     """Start the project's eval.py on all GPUs, or on two CPU processes. Raises `CellFailed` if it fails."""
-    processes = len(gpus()) or 2
-    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes())]
     _show([*launcher, f"{project}/eval.py", "--config", config, *settings], quiet=True)
 
 
@@ -169,11 +176,11 @@ def _show(command: list[str], quiet: bool = False) -> None:
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    bar, printed = None, []
+    bar, printed, began = None, [], time.monotonic()
     try:
         for line, is_complete in _lines(process):
-            if not line.strip():  # a bar that was taken away: its last state stays
-                continue
+            if not line.strip() and not (is_complete and printed and printed[-1]):
+                continue  # a bar was taken away; or a gap is there already
             if not is_complete:
                 shown = {"text/plain": line}
                 if bar is None:
@@ -191,6 +198,8 @@ def _show(command: list[str], quiet: bool = False) -> None:
             print(*printed, sep="\n")
         errors = [line for line in printed if line.startswith("error:")]
         raise CellFailed(errors[-1] if errors else f"{command[0]} ended with exit code {code}: see above")
+    if quiet and bar is not None:
+        bar.update({"text/plain": f"done in {time.monotonic() - began:.0f} s"}, raw=True)
 
 
 def _lines(process: subprocess.Popen) -> Iterator[tuple[str, bool]]:
@@ -214,15 +223,24 @@ def show_figure(path: str) -> None:
     display(SVG(data=drawing.replace(f'width="{width}" height="{height}"', smaller, 1)))
 
 
+def show_versions(run: Path) -> None:
+    """Those that trained, where the project has an environment of its own."""
+    environment = json.loads((run / "environment.json").read_text())
+    for name, version in (environment["versions"] | {"Python": environment["python"]}).items():
+        print(f"{name:15} {version}")
+
+
 def show_plots(run: Path, *names: str) -> None:
     """The run's plots, those of `names` that were drawn."""
     from IPython.display import Image, display
+    from PIL import Image as Picture
 
     for name in names:
         if (path := run / "plots" / f"{name}.png").is_file():
-            data = path.read_bytes()
-            pixels = int.from_bytes(data[16:20])  # where a PNG has its width
-            display(Image(data=data, width=min(pixels * 3 // 4, PAGE_WIDTH), alt=f"{name} of the run"))
+            picture, small = Picture.open(path).convert("RGB"), io.BytesIO()
+            picture.quantize(128).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
+            width = min(picture.width * 3 // 4, PAGE_WIDTH)
+            display(Image(data=small.getvalue(), width=width, alt=f"{name} of the run"))
 
 
 def show_measured(project: str) -> None:
@@ -235,7 +253,7 @@ def show_measured(project: str) -> None:
     for name in names:
         display(Markdown(block(name, REPOSITORY / "results")))
     if not names:
-        print("Not measured on GPUs yet.")
+        print("Nothing yet: this project was not measured on GPUs so far.")
 
 
 def keep(run: Path, project: str) -> None:
@@ -248,8 +266,7 @@ def keep(run: Path, project: str) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
     for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
-        size = _bytes(path)
-        print(f"{size / 1e6:9,.1f} MB  {path.name}" if size >= 1e5 else f"{size / 1e3:9,.1f} kB  {path.name}")
+        print(f"{math.ceil(_bytes(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
     print(f"in {target}")
     if not completed and (target / "checkpoints").is_dir():
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
@@ -296,42 +313,28 @@ def find_model(project: str, run: Path, repository: str = "") -> list[str]:
     return [f"eval.model={model}"]
 
 
-def show_table(path: Path) -> None:
-    """A CSV file; long numbers are shortened."""
-    from csv import reader
-
-    number = re.compile(r"-?\d*\.\d+(e-?\d+)?")
-    rows = list(reader(path.read_text(encoding="utf-8").splitlines()))
-    _show_rows([[f"{float(cell):.4g}" if number.fullmatch(cell) else cell for cell in row] for row in rows])
-
-
 def show_evaluation(run: Path) -> None:
     """Base against fine-tuned: the table and the plot."""
+    from IPython.display import Markdown, display
+
     from common.report import evaluation_rows
 
-    _show_rows(evaluation_rows(json.loads((run / "eval.json").read_text())))
+    heading, *rest = evaluation_rows(json.loads((run / "eval.json").read_text()))
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rest]
+    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
     show_plots(run, "eval")
 
 
-def _show_rows(rows: list[list[str]]) -> None:
-    """A table; the first row is its heading, the first column stands to the left."""
-    from IPython.display import Markdown, display
-
-    heading, *rest = rows
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rest]
-    display(Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines)))
-
-
 def show_samples(run: Path, count: int) -> None:
-    """The first `count` samples: what both models made of them, side by side."""
+    """The first `count` samples: what both models made of them, side by side, each text in one paragraph."""
     from html import escape
 
     from IPython.display import HTML, display
 
     samples = json.loads((run / "eval.json").read_text())["samples"][:count]
     columns = list(samples[0])
-    style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; width: 25%"
-    rows = [[sample[column] or "" for column in columns] for sample in samples]
+    style = "text-align: left; vertical-align: top; overflow-wrap: anywhere; width: 25%"
+    rows = [[" ".join(sample[column].split()) or "(blank)" for column in columns] for sample in samples]
     head = "".join(f'<th style="{style}">{escape(column.replace("_", "-"))}</th>' for column in columns)
     body = "".join(
         "<tr>" + "".join(f'<td style="{style}">{escape(text)}</td>' for text in row) + "</tr>" for row in rows

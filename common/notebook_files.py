@@ -3,8 +3,8 @@
 A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
 it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
 What all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a
-REVISION, a commit or a tag, the notebooks fetch that one from now on. `--check` changes nothing and fails where a file
-is out of date.
+REVISION, a commit or a tag, the notebooks fetch that one from now on; the outputs stay. `--check` changes nothing and
+fails where a file is out of date.
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ from common.errors import UserError
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
+def is_source(path: Path) -> bool:
+    """Whether the file is there and is such a source: a notebook in the percent format, one cell has the parameters."""
+    if path.suffix != ".py" or not path.is_file():
+        return False
+    read = jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+    tags = [tag for cell in read.cells for tag in cell.metadata.get("tags", [])]
+    return "kernelspec" in read.metadata and tags == ["parameters"]
+
+
 def source(text: str, address: str, revision: str) -> str:
     """The source with the repository's address, everywhere, and the revision, if there is one."""
     text = text.replace(ADDRESS.search(text)[1], address)
@@ -37,13 +46,18 @@ def notebook(text: str, old: str | None) -> str:
     outputs = {}
     for cell in nbformat.reads(old, 4).cells if old else []:
         if cell.cell_type == "code":
-            outputs[cell.source] = cell
+            outputs[_without_origin(cell.source)] = cell
     for number, cell in enumerate(made.cells):
         cell.id = f"cell-{number}"  # not a random one: equal sources make equal files
-        if cell.cell_type == "code" and (known := outputs.get(cell.source)):
+        if cell.cell_type == "code" and (known := outputs.get(_without_origin(cell.source))):
             cell.outputs, cell.execution_count = known.outputs, known.execution_count
     made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
     return nbformat.writes(made, version=4) + "\n"
+
+
+def _without_origin(code: str) -> str:
+    """A cell's code, wherever the repository is fetched from: that changes no output."""
+    return PIN.sub("", ADDRESS.sub("", code))
 
 
 def kernel_metadata(project: str, kind: str, owner: str) -> str:

@@ -1,16 +1,17 @@
 """Execute a notebook and keep what it shows.
 
     python -m common.notebook_record pytorch-ddp/notebooks/train.py train.max_steps=200
-    python -m common.notebook_record pytorch-ddp/notebooks/eval.py
+    python -m common.notebook_record pytorch-ddp/notebooks/eval.py --config smoke.yaml
 
-The outputs are written into the `.ipynb`, whose code stays as it is; if a cell fails, nothing is written. The settings,
-any keys of the project's configuration, take the place of the parameter SETTINGS, and are shown below it. Needed are
-the extra `notebooks` of pyproject.toml and what the project needs; no network, if nothing has to be installed.
+The outputs are written into the `.ipynb`, whose code stays as it is; if a cell fails, nothing is written. The arguments
+are those of the project's scripts: they take the place of the parameters CONFIG and SETTINGS, and are shown below them.
+Needed are the extra `notebooks` of pyproject.toml and what the project needs; no network, if nothing has to be
+installed.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,8 @@ from nbclient.exceptions import CellExecutionError
 from common import errors, notebook_files
 from common.config import REPOSITORY
 from common.errors import UserError
+
+SHOWN = "The outputs of this notebook were recorded with: --config"
 
 
 def execute(found: nbformat.NotebookNode, edits: list[str], folder: Path, **options) -> None:
@@ -34,6 +37,7 @@ def execute(found: nbformat.NotebookNode, edits: list[str], folder: Path, **opti
         found,
         timeout=None,
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # a kernel warns that its sockets, on this machine, are not encrypted
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
         on_cell_executed=_print_text,
@@ -48,11 +52,13 @@ def _print_text(cell: nbformat.NotebookNode, cell_index: int, execute_reply: dic
     print(*(output.text for output in cell.outputs if output.output_type == "stream"), sep="", end="", flush=True)
 
 
-def record(source: Path, settings: list[str]) -> None:
-    """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if a cell fails."""
+def record(source: Path, config: str, settings: list[str]) -> None:
+    """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if there is none, or a cell fails."""
+    if not notebook_files.is_source(source):
+        raise UserError(f"{source} is no source of a notebook: name one, such as pytorch-ddp/notebooks/train.py")
     text = source.read_text(encoding="utf-8")
     found = nbformat.reads(notebook_files.notebook(text, None), 4)
-    edits = [f"SETTINGS = {settings!r}", "print('recorded with', *SETTINGS, sep='\\n  ')"] if settings else []
+    edits = [f"CONFIG, SETTINGS = {config!r}, {settings!r}", f"print({SHOWN!r}, CONFIG, *SETTINGS)"]
     try:
         execute(found, edits, source.parent)
     except CellExecutionError as error:
@@ -62,5 +68,16 @@ def record(source: Path, settings: list[str]) -> None:
     source.with_suffix(".ipynb").write_text(notebook_files.notebook(text, executed), encoding="utf-8")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.notebook_record", usage="%(prog)s SOURCE [--config FILE] [key=value ...]"
+    )
+    parser.add_argument("source", nargs="?", default="", help="PROJECT/notebooks/train.py or eval.py")
+    parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name beside the script")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
+    arguments = parser.parse_intermixed_args()
+    record(Path(arguments.source).resolve(), arguments.config, arguments.settings)
+
+
 if __name__ == "__main__":
-    errors.run(lambda: record(Path(sys.argv[1]).resolve(), sys.argv[2:]))
+    errors.run(main)

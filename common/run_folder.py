@@ -93,7 +93,14 @@ class RunFolder:
             print(f"This run is complete: step {first_step} of {total_steps}. To train on, set train.max_steps higher")
         elif first_step:
             print(f"Going on from the checkpoint of step {first_step}")
-        self._bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="Training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=first_step >= total_steps,
+        )
         self._begun = True
 
     def _remove_stale(self, first_step: int, total_steps: int) -> None:

@@ -8,4 +8,5 @@ set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)
 also_needed="ray deepspeed"
 source "$folder/../common/environment.sh"
+if ! command -v nvidia-smi >/dev/null; then export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU
 exec python "$folder/train.py" ${NPROC_PER_NODE:+ray.workers=$NPROC_PER_NODE} "$@"

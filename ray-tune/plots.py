@@ -48,9 +48,13 @@ def _curves(records: list[Record], trials: Trials, path: Path) -> None:
 def _parameters(records: list[Record], path: Path) -> None:
     names = list(records[0].parameters)
     reached = set.intersection(*(set(record.curve) for record in records))
-    figure = Figure(figsize=(3.4 * len(names) + 0.6, 3.8), dpi=120, layout="constrained")
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns + 1, 2.9 * rows + 0.6), dpi=120, layout="constrained")
     figure.suptitle("ray-tune: held-out loss against each hyper-parameter", fontsize=12)
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for spare in panels[len(names) :]:
+        spare.remove()
     groups = [
         (f"all, at step {max(reached)}", "X", COLOURS[1], [(r, r.curve[max(reached)]) for r in records])
         if reached
@@ -58,8 +62,8 @@ def _parameters(records: list[Record], path: Path) -> None:
         ("at the full budget", "o", COLOURS[0], [(r, r.last[1]) for r in records if r.status == "completed"]),
         ("best", "o", COLOURS[2], [(records[0], records[0].last[1])]),
     ]
-    for axes, name in zip(panels, names, strict=True):
-        style_axes(axes, "", "held-out loss (nats a token)" if axes is panels[0] else "", x_label=name)
+    for number, (axes, name) in enumerate(zip(panels, names, strict=False)):
+        style_axes(axes, "", "" if number % columns else "held-out loss (nats a token)", x_label=name)
         for label, mark, colour, points in groups:
             values = [r.parameters[name] for r, _ in points]
             ring = {"markersize": 16, "markerfacecolor": "none"} if label == "best" else {"markersize": 9}
@@ -70,5 +74,5 @@ def _parameters(records: list[Record], path: Path) -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-    panels[-1].legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(groups), fontsize=9)
     save_figure(figure, path)

@@ -98,8 +98,10 @@ class Watch(Callback):
         if result.get("interrupted"):
             self._saved.add(str(trial))
             return
-        line = f"{trial}  step {result['step']:>5,} of {self._trials.total_steps:,}  "
-        self._bar.write(f"{line}held-out loss {result['eval_loss']:.4f}")
+        if result["step"] in (*self._trials.rungs, self._trials.total_steps):  # a line where trials are compared
+            line = f"{trial}  step {result['step']:>5,} of {self._trials.total_steps:,}  "
+            self._bar.write(f"{line}held-out loss {result['eval_loss']:.4f}")
+        self._show_best()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
         step = trial.last_result["step"]
@@ -123,6 +125,9 @@ class Watch(Callback):
         if status == "stopped":
             self._bar.write(f"{trial}  stopped early")
         self._trials.delete_checkpoints()
+        self._show_best()
+
+    def _show_best(self) -> None:
         leader = best(self._trials.read_all())
         if leader:
             self._bar.set_postfix_str(f"best {leader.name}: {leader.last[1]:.4f} at step {leader.last[0]:,}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,9 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
     assert most_checkpoints <= 3  # two running trials, and the best of those that ended
     assert checkpoints(folder) == [found["best"]]
     assert "stopped early" in output and "Traceback" not in output and "WARNING" not in output
+    lines = re.findall(r"^trial-\d+ +step +(\d+) of 90 ", output, re.MULTILINE)
+    assert set(lines) == {"10", "30", "90"}  # one at each rung and at the end: most evaluations decide nothing
+    assert "Searching: 100%" in output and "Training:" not in output  # of a best trial that was complete already
 
     # ASHA's decisions are those of the rule, from the trials' own files.
     curves = [({k: v for k, v in held_out(trial(folder, n)).items() if k}, True) for n in range(6)]

@@ -40,7 +40,7 @@ notebook.install("deepspeed")
 notebook.check_machine(1)
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
 
 # %%
 notebook.show_figure("deepspeed-offload/offload.svg")
@@ -48,8 +48,8 @@ notebook.show_figure("deepspeed-offload/offload.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real run: Llama-3.2-1B on abstracts from arXiv. `smoke.yaml` trains a tiny model on Python's
+# docstrings, in a minute or two, without GPU or download. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -88,10 +88,10 @@ notebook.launch("deepspeed-offload", CONFIG, *settings, *notebook.earlier_checkp
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/offload.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-offload/README.md).
 
 # %%

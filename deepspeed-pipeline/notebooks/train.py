@@ -40,7 +40,9 @@ notebook.install("deepspeed")
 notebook.check_machine()
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
+#
+# Drawn with four stages, where the pattern is seen best; two GPUs make two stages.
 
 # %%
 notebook.show_figure("deepspeed-pipeline/pipeline.svg")
@@ -48,8 +50,8 @@ notebook.show_figure("deepspeed-pipeline/pipeline.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real run: Llama-3.2-1B on abstracts from arXiv. `smoke.yaml` trains a tiny model on Python's
+# docstrings, in a minute or two, without GPU or download. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -88,10 +90,10 @@ notebook.launch("deepspeed-pipeline", CONFIG, *settings, *notebook.earlier_check
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/pipeline.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-pipeline/README.md).
 
 # %%

@@ -40,7 +40,7 @@ notebook.install("fsdp")
 notebook.check_machine()
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
 
 # %%
 notebook.show_figure("llm-foundry-finetune/foundry.svg")
@@ -48,8 +48,8 @@ notebook.show_figure("llm-foundry-finetune/foundry.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real run: OPT-1.3B on the questions and answers of Dolly-15k. `smoke.yaml` trains a tiny model
+# on Python's docstrings, in a minute or two, without a GPU. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -79,6 +79,12 @@ settings = [*SETTINGS, f"hub.repo_id={HUB_REPOSITORY}", f"output_dir={RUN}"]
 notebook.launch("llm-foundry-finetune", CONFIG, *settings, *notebook.earlier_checkpoint("llm-foundry-finetune", RUN))
 
 # %% [markdown]
+# These versions trained the model, not the notebook's own, which the first cell lists.
+
+# %%
+notebook.show_versions(RUN)
+
+# %% [markdown]
 # ## What came out
 #
 # The loss of each step, and on the held-out rows before, in between and after; the learning rate; the speed of all
@@ -88,10 +94,10 @@ notebook.launch("llm-foundry-finetune", CONFIG, *settings, *notebook.earlier_che
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/foundry.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/llm-foundry-finetune/README.md).
 
 # %%

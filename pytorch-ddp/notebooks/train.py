@@ -40,7 +40,7 @@ notebook.install("ddp")
 notebook.check_machine()
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
 
 # %%
 notebook.show_figure("pytorch-ddp/ddp.svg")
@@ -48,8 +48,8 @@ notebook.show_figure("pytorch-ddp/ddp.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real run: Qwen2-0.5B on abstracts from arXiv. `smoke.yaml` trains a tiny model on Python's
+# docstrings, in a minute or two, without GPU or download. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -87,10 +87,10 @@ notebook.launch("pytorch-ddp", CONFIG, *settings, *notebook.earlier_checkpoint("
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/ddp.py`; the hardware stands under each table. What the columns mean, and why the figures are as
-# they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/pytorch-ddp/README.md).
 
 # %%

@@ -39,7 +39,9 @@ notebook.install("ray")
 notebook.check_machine()
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
+#
+# Drawn with two machines of two GPUs each; one machine will do.
 
 # %%
 notebook.show_figure("ray-train/ray.svg")
@@ -47,8 +49,8 @@ notebook.show_figure("ray-train/ray.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real run: BLOOMZ-1b1 on film reviews from IMDB. `smoke.yaml` trains a tiny model on Python's
+# docstrings, in a minute or two, without GPU or download. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -86,10 +88,10 @@ notebook.launch("ray-train", CONFIG, *settings, *notebook.earlier_checkpoint("ra
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/ray_train.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-train/README.md).
 
 # %%

@@ -54,7 +54,8 @@ notebook.evaluate("ray-tune", CONFIG, *SETTINGS, f"output_dir={RUN}", *model)
 # %% [markdown]
 # ## Figures
 #
-# The arrows say which way is better.
+# The arrows say which way is better. Where rows are questions with answers, ROUGE-L and exact match compare generated
+# answers with the reference.
 
 # %%
 notebook.show_evaluation(RUN)
@@ -70,7 +71,8 @@ notebook.show_plots(notebook.training_run("ray-tune", RUN), "search", "search_pa
 # %% [markdown]
 # ## Samples
 #
-# Both models go on from the same beginning, or answer the same question. The reference is what the data set has.
+# Both models go on from the same beginning, or answer the same question. The reference is what the data set has. The
+# base of `smoke.yaml` has random weights and writes nonsense.
 
 # %%
 notebook.show_samples(RUN, count=4)

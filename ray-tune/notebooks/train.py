@@ -40,7 +40,7 @@ notebook.install("ray")
 notebook.check_machine()
 
 # %% [markdown]
-# ## One optimizer step
+# ## How it works
 
 # %%
 notebook.show_figure("ray-tune/asha.svg")
@@ -48,8 +48,8 @@ notebook.show_figure("ray-tune/asha.svg")
 # %% [markdown]
 # ## Parameters
 #
-# `config.yaml` is the real run. `smoke.yaml` is a tiny model that needs no GPU, no download and a minute. Any key of
-# them can be set.
+# `config.yaml` is the real search, with Qwen2-0.5B on film reviews from IMDB. `smoke.yaml` searches with a tiny model
+# on Python's docstrings, in a minute or two, without GPU or download. Any of their keys can be set in `SETTINGS`.
 
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
@@ -80,10 +80,9 @@ notebook.launch("ray-tune", CONFIG, *settings)
 # %% [markdown]
 # ## What came out
 #
-# Every trial, the best first; crosses are where ASHA stopped one. Then the loss against each hyper-parameter.
+# The held-out loss of every trial; crosses are where ASHA stopped one. Then the loss against each hyper-parameter.
 
 # %%
-notebook.show_table(RUN / "trials.csv")
 notebook.show_plots(RUN, "search", "search_parameters")
 
 # %% [markdown]
@@ -94,10 +93,10 @@ notebook.show_plots(RUN, "search", "search_parameters")
 notebook.show_plots(RUN, "loss", "learning_rate", "throughput", "memory")
 
 # %% [markdown]
-# ## What it is on other settings
+# ## On other settings
 #
-# Measured with `bench/ray_tune.py`; the hardware stands under each table. What the columns mean, and why the figures
-# are as they are, is in [the project's
+# What the programs in `bench/` measured, and on which hardware. What the columns mean, and why the figures are as they
+# are, is in [the project's
 # README](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-tune/README.md).
 
 # %%
