@@ -33,7 +33,6 @@ def one_gpu(size: int) -> list[str]:
 
 CASES = {
     **{f"2gpu-micro-{size}": ray(f"micro-batch {size}", micro(size)) for size in (1, 2, 4, 8)},
-    "2gpu-micro-4-compiled": ray("micro-batch 4, compiled", [*micro(4), "train.compile=true"]),
     "2gpu-micro-1-no-checkpointing": ray(
         "micro-batch 1, without checkpointing", [*micro(1), "train.activation_checkpointing=false"]
     ),
@@ -43,7 +42,6 @@ CASES = {
     "1gpu-micro-1": ray("one GPU, micro-batch 1", one_gpu(1), gpus=1),
     "1gpu-micro-4": ray("one GPU, micro-batch 4", one_gpu(4), gpus=1),
     "1gpu-micro-4-plain": plain("one GPU, micro-batch 4, without Ray", one_gpu(4), gpus=1),
-    "1gpu-micro-4-compiled": ray("one GPU, micro-batch 4, compiled", [*one_gpu(4), "train.compile=true"], gpus=1),
     "4gpu-micro-4": ray("four GPUs, micro-batch 4", micro(4), gpus=4),
 }
 

@@ -225,6 +225,28 @@ def pipeline_table(folder: Path, *names: str) -> str:
     return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
 
 
+def stage_costs_table(folder: Path, name: str) -> str:
+    """What layers and head take by micro-batch, and the stages that follow."""
+    (r,) = read(folder, name)
+    milliseconds = lambda key: lambda case: f"{case['milliseconds'][key]:.1f}"  # noqa: E731
+    columns = {
+        "rows": lambda case: case["rows"],
+        "embedding, ms": milliseconds("embedding"),
+        "a layer, ms": milliseconds("layer"),
+        "head and loss, ms": milliseconds("head"),
+        "head in layers": lambda case: f"{case['milliseconds']['head'] / case['milliseconds']['layer']:.1f}",
+        "two stages": lambda case: " / ".join(map(str, case["layers"]["2"])),
+        "four stages": lambda case: " / ".join(map(str, case["layers"]["4"])),
+    }
+    caption = (
+        f"One {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, {r['date']}. "
+        f"{r['settings']['data.max_length']} tokens a row in {r['settings']['train.precision']}, a T4's attention "
+        f"kernels, activation checkpointing {'on' if r['checkpointing'] else 'off'}; forward and backward. By "
+        f"operations the head weighs {r['computed_head_layers']:.1f} layers."
+    )
+    return table(r["cases"], columns, caption)
+
+
 def pipeline_headline(folder: Path, name: str) -> str:
     (r,) = read(folder, name)
     peaks = " and ".join(f"{peak:.1f}" for peak in r["summary"]["peak_gpu_gib_by_rank"])
@@ -278,6 +300,22 @@ def early_stopping_headline(folder: Path, name: str) -> str:
     )
 
 
+def ray_train_table(folder: Path, *names: str) -> str:
+    """Micro-batch and Ray against speed; a step's time says how far one run's is from another's by chance."""
+    records = read(folder, *names)
+    columns = {
+        "run": lambda r: r["label"],
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "seconds of steps 3, 4, 5, last": lambda r: " / ".join(
+            f"{step['step_seconds']:.2f}" for step in (*r["first_steps"][3:6], *r["last_steps"])
+        ),
+        "peak GiB": figure("{peak_gpu_gib:.1f}"),
+        "host peak GiB": figure("{peak_host_gib:.1f}"),
+        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
+    }
+    return table(records, columns, f"{machine(records)}.")
+
+
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
@@ -302,7 +340,9 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
     "deepspeed-pipeline stages": (pipeline_table, "shipped-computed"),
+    "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
     "deepspeed-pipeline headline": (pipeline_headline, "shipped-computed"),
+    "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),

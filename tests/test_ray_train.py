@@ -92,7 +92,12 @@ def test_losses_and_gradient_norms_are_those_of_ddp(ddp, tmp_path, workers, micr
     [("train.activation_checkpointing=true", 2, 1e-4), ("train.precision=bf16", 1, 2e-2)],
 )
 def test_options_train_alike_also_without_a_cluster(ddp, tmp_path, setting, processes, relative):
-    launcher_run(*SAME, "train.max_steps=8", setting, f"output_dir={tmp_path}", processes=processes)
+    """And with every weight partitioned: tiny layers are otherwise below what stays whole on all ranks."""
+    ds_config = json.loads((REPOSITORY / PROJECT / "ds_config.json").read_text())
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "ds_config.json").write_text(json.dumps(ds_config))
+    settings = ["train.max_steps=8", setting, f"ray.ds_config={tmp_path / 'ds_config.json'}", f"output_dir={tmp_path}"]
+    launcher_run(*SAME, *settings, processes=processes)
     ours = [loss for loss, _ in losses(tmp_path)]
     assert ours == pytest.approx([loss for loss, _ in ddp[:8]], rel=relative)
     if relative > 1e-3:
@@ -271,6 +276,7 @@ MISTAKES = {
     "misspelt key": (["ray.worker=2"], {}, ["ray.worker", "ray.workers"]),
     "more workers than there is room for": (["ray.workers=999"], {}, ["ray.workers=999", "CPU", "ray start"]),
     "nobody at the address": ([], {"RAY_ADDRESS": "127.0.0.1:1"}, ["RAY_ADDRESS=127.0.0.1:1", "no cluster answers"]),
+    "compiled layers": (["train.compile=true"], {}, ["train.compile=true", "gradients", "false"]),
     "missing column": (["data.prompt_column=question"], {}, ["data.prompt_column=question", "prompt, response"]),
 }
 
