@@ -1,7 +1,7 @@
 """How many decoder layers each stage gets.
 
-All stages wait for the slowest. The last one has the output head too, which takes the time of several layers where
-micro-batches are large, and next to none where a GPU waits for kernels to be launched: so `measured` times them.
+All stages wait for the slowest. The last one has the output head too, which takes the time of several layers. Of how
+many depends on the GPU and the micro-batch, and not on the operations alone: so `measured` times both.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ def test_losses_and_gradient_norms_are_those_of_ddp(ddp, names, tmp_path, kind, 
 @pytest.mark.parametrize(
     ("settings", "relative"),
     [
-        (["train.activation_checkpointing=true", "pipeline.partition=measured"], 1e-4),
+        (["train.activation_checkpointing=true", "train.compile=true", "pipeline.partition=measured"], 1e-4),
         (["pipeline.partition=1,3", "data.packing=wrapped"], None),
-        (["train.precision=bf16", "train.compile=true"], 2e-2),
+        (["train.precision=bf16"], 2e-2),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -116,8 +116,7 @@ def test_options_train_alike(ddp, tmp_path, settings, relative):
         run("pytorch-ddp", *theirs, f"output_dir={tmp_path / 'theirs'}", processes=1)
         assert_close(losses(tmp_path / "ours"), losses(tmp_path / "theirs"), 1e-4)
     else:
-        expected = [loss for loss, _ in losses(ddp("tied"))[:steps]]
-        assert [loss for loss, _ in losses(tmp_path / "ours")] == pytest.approx(expected, rel=relative)
+        assert_close(losses(tmp_path / "ours"), losses(ddp("tied"))[:steps], relative)
     if "pipeline.partition=measured" in settings:
         grid = json.loads((tmp_path / "ours/environment.json").read_text())["pipeline"]
         costs = grid["measured_costs"]  # of this machine: tiny layers' times are nearly noise, but this much is sure
