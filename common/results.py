@@ -316,9 +316,38 @@ def ray_train_table(folder: Path, *names: str) -> str:
     return table(records, columns, f"{machine(records)}.")
 
 
+def equality_table(folder: Path, name: str) -> str:
+    """Losses of all projects on the same model and rows, beside a plain loop's."""
+    (r,) = read(folder, name)
+    plain, steps = r["plain"], len(r["plain"])
+
+    def furthest(curve: list, which: int) -> str:
+        if curve is plain:
+            return "–"
+        return f"{max(abs(a[which] / b[which] - 1) for a, b in zip(curve, plain, strict=True)):.0e}"
+
+    columns = {
+        "project": lambda row: row[0],
+        "loss of step 1": lambda row: f"{row[1][0][0]:.6f}",
+        f"of step {steps // 2}": lambda row: f"{row[1][steps // 2 - 1][0]:.6f}",
+        f"of step {steps}": lambda row: f"{row[1][-1][0]:.6f}",
+        "largest distance of a loss": lambda row: furthest(row[1], 0),
+        "of a gradient norm": lambda row: furthest(row[1], 1),
+    }
+    rows = [("plain loop, one process", plain)]
+    rows += [(f"`{project}`, {r['launchers'][project]}", curve) for project, curve in r["projects"].items()]
+    caption = (
+        f"{r['settings']['model.name']} on Python's docstrings, fp32, a global batch of "
+        f"{r['settings']['train.global_batch_size']}; two processes on a CPU (of `ray-tune` one trial), torch "
+        f"{r['environment']['versions']['torch']}, LLM Foundry's own being 2.7; {r['date']}. Distances are relative."
+    )
+    return table(rows, columns, caption)
+
+
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+    "equality losses": (equality_table, "losses"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
     "pytorch-ddp loss": (loss_table, "loss-memory"),
