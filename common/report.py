@@ -169,10 +169,18 @@ def _draw_memory(axes: Axes, metrics: list[dict]) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Mean over a tenth of the run around each step, less towards both ends: a trailing average would lag behind."""
-    last = len(values) - 1
-    reach = [min(len(values) // 20, i, last - i) for i in range(len(values))]
-    return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reach)]
+    """Mean over a tenth of the run around each step: a trailing average would lag behind.
+
+    Less at the beginning, where the loss falls fastest; at the end, the straight line that fits the last tenth.
+    """
+    reach = len(values) // 20
+    inner = len(values) - reach
+    means = [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(min(reach, i) for i in range(inner))]
+    if not reach:
+        return means
+    tenth = values[-2 * reach - 1 :]
+    slope, intercept = statistics.linear_regression(range(len(tenth)), tenth)
+    return means + [intercept + slope * i for i in range(reach + 1, len(tenth))]
 
 
 def plot_comparison(run_dirs: list[Path]) -> Path:
