@@ -42,15 +42,19 @@ PROJECTS = {
 }
 
 
-def plain_loop() -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step: nothing of ours but the rows and their order."""
-    cfg = load_config(BaseConfig, REPOSITORY / "pytorch-ddp/smoke.yaml", SETTINGS)
+def plain_loop(settings: list[str]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of pytorch-ddp's smoke.yaml with `settings`, by nothing of ours but the rows.
+
+    The reference: `model(input_ids, labels)` on whole global batches, and `torch.optim.AdamW`.
+    """
+    cfg = load_config(BaseConfig, REPOSITORY / "pytorch-ddp/smoke.yaml", settings)
     tokenizer = models.load_tokenizer(cfg.model)
     rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
     model = models.load_model(cfg.model, cfg.seed).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.learning_rate, weight_decay=cfg.train.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.learning_rate, weight_decay=0)
     curve = []
     for indices in data.StepSampler(rows, cfg, rank=0, world_size=1):
+        # No mask: padding is on the right, and a tiny Llama's first token is the one that pads.
         loss = model(**data.collate([rows[i] for i in indices], tokenizer.pad_token_id)).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm)
@@ -90,7 +94,7 @@ def main() -> None:
         "environment": runtime.describe_environment(2, "fp32: as set"),
         "settings": dict(setting.split("=", 1) for setting in SETTINGS),
         "launchers": {project: launcher for project, (launcher, _) in PROJECTS.items()},
-        "plain": plain_loop(),
+        "plain": plain_loop(SETTINGS),
         "projects": {},
     }
     for project, (_, settings) in PROJECTS.items():

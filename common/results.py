@@ -48,6 +48,12 @@ def machine(records: list[dict]) -> str:
     return f"{gpus}, {versions}. Weights: {weights}. Text: {text}, {form}"
 
 
+def limited(records: list[dict]) -> str:
+    """The caption where each GPU has the memory of a smaller one."""
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    return f"{machine(records)}. Each GPU limited to {limit} GiB."
+
+
 def figure(text: str) -> Callable[[dict], str]:
     """A column of the summary's figures, which a failed run does not have."""
     return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
@@ -91,8 +97,7 @@ def memory_table(folder: Path, *names: str) -> str:
         "steps": figure("{steps}"),
         "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
     }
-    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
-    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+    return table(records, columns, limited(records))
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
@@ -166,8 +171,7 @@ def offload_table(folder: Path, *names: str) -> str:
         "GPUs": lambda r: r["gpus"],
         "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
-    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
-    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+    return table(records, columns, limited(records))
 
 
 def prediction_table(folder: Path, *names: str) -> str:
@@ -221,8 +225,7 @@ def pipeline_table(folder: Path, *names: str) -> str:
         "ideal": lambda r: f"{r['ideal']:.0%}",
         "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
     }
-    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
-    return table(records, columns, f"{machine(records)}. Each GPU limited to {limit} GiB.")
+    return table(records, columns, limited(records))
 
 
 def stage_costs_table(folder: Path, name: str) -> str:

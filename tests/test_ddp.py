@@ -28,6 +28,7 @@ from launching import (
 )
 from transformers import AutoModelForCausalLM
 
+from bench import equality
 from common import data, models
 from common.config import load_config
 
@@ -36,23 +37,8 @@ PROJECT = "pytorch-ddp"
 
 @pytest.fixture(scope="module")
 def plain_loop() -> list[tuple[float, float]]:
-    """The reference: `model(input_ids, labels)` on whole global batches and `torch.optim.AdamW`, nothing of ours."""
-    cfg = load_config(load_train(PROJECT).Config, REPOSITORY / PROJECT / "smoke.yaml", EQUAL)
-    tokenizer = models.load_tokenizer(cfg.model)
-    rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
-    model = models.load_model(cfg.model, cfg.seed).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.learning_rate, weight_decay=0)
-    curve = []
-    for indices in data.StepSampler(rows, cfg, rank=0, world_size=1):
-        batch = data.collate([rows[i] for i in indices], tokenizer.pad_token_id)
-        mask = (batch["input_ids"] != tokenizer.pad_token_id) | (batch["labels"] != -100)
-        loss = model(**batch, attention_mask=mask.long()).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((loss.item(), norm.item()))
-    return curve
+    """Loss and gradient norm of each step."""
+    return equality.plain_loop(EQUAL)
 
 
 @pytest.mark.slow
