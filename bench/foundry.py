@@ -37,8 +37,10 @@ CASES = {
     "memory-micro-4": foundry(
         "micro-batch 4, packed", [*T4, PACKED, "train.micro_batch_size=4"], as_t4=True, beside_others=True
     ),
-    "speed-t4-settings": foundry("LLM Foundry, fp16, micro-batch 1, packed", [*T4, PACKED, "train.micro_batch_size=1"]),
-    "speed-t4-settings-fsdp": fsdp("`pytorch-fsdp`, the same", [*T4, *FSDP, "train.micro_batch_size=1"]),
+    "speed-t4-settings": foundry(
+        "LLM Foundry, fp16, micro-batch 1, packed", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True
+    ),
+    "speed-t4-settings-fsdp": fsdp("`pytorch-fsdp`, full blocks", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True),
     "speed-2gpu": foundry("LLM Foundry, bf16, micro-batch 8, packed", [*SPEED, PACKED]),
     "speed-2gpu-padded": foundry("the same, one row a sequence", SPEED),
     "speed-2gpu-fsdp": fsdp("`pytorch-fsdp`, bf16, micro-batch 8, full blocks", [*SPEED, *FSDP]),

@@ -40,8 +40,15 @@ def shared(records: list[dict], value: Callable[[dict], object]) -> str:
     return ", ".join(dict.fromkeys(str(value(r)) for r in records))
 
 
+def gpus_of(r: dict) -> str:
+    name = r["environment"]["gpus"][0]["name"]
+    if shares := r.get("gpu_shares"):
+        return f"{r['gpus']} × 1/{shares} of one {name}"
+    return f"{len(r['environment']['gpus'])} × {name}"
+
+
 def machine(records: list[dict]) -> str:
-    gpus = shared(records, lambda r: f"{len(r['environment']['gpus'])} × {r['environment']['gpus'][0]['name']}")
+    gpus = shared(records, gpus_of)
     versions = shared(records, lambda r: f"torch {r['environment']['versions']['torch']}, {r['date']}")
     weights, text = (shared(records, lambda r, key=key: r.get(key, "not recorded")) for key in ("weights", "text"))
     form = shared(records, lambda r: f"{r['settings']['data.max_length']} tokens in {r['settings']['train.precision']}")
@@ -217,6 +224,7 @@ def pipeline_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
+        "of a GPU": lambda r: f"1/{r['gpu_shares']}" if r.get("gpu_shares") else "all",
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
         "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),
@@ -255,8 +263,7 @@ def pipeline_headline(folder: Path, name: str) -> str:
     peaks = " and ".join(f"{peak:.1f}" for peak in r["summary"]["peak_gpu_gib_by_rank"])
     return (
         f"{peaks} GiB of {r['settings']['runtime.gpu_memory_limit_gib']} on two stages; "
-        f"{r['efficiency'] / r['ideal']:.0%} of the ideal efficiency on {r['gpus']} "
-        f"{r['environment']['gpus'][0]['name']}"
+        f"{r['efficiency'] / r['ideal']:.0%} of the ideal efficiency with {r['label']} on {gpus_of(r)}"
     )
 
 
@@ -371,9 +378,10 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-offload speed": (offload_table, *OFFLOAD_CASES),
     "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
-    "deepspeed-pipeline stages": (pipeline_table, "shipped-computed"),
+    "deepspeed-pipeline efficiency": (pipeline_table, *(f"2-stages-micro-{m}" for m in (8, 16, 32))),
+    "deepspeed-pipeline shipped": (pipeline_table, "shipped-computed", "shipped"),
     "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
-    "deepspeed-pipeline headline": (pipeline_headline, "shipped-computed"),
+    "deepspeed-pipeline headline": (pipeline_headline, "2-stages-micro-16"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping"),

@@ -191,11 +191,19 @@ def describe_environment(world_size: int, precision: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    described = [
+        {
+            "name": gpu.name,
+            "memory_gib": round(gpu.total_memory / 2**30, 1),
+            "multiprocessors": gpu.multi_processor_count,
+        }
+        for gpu in gpus
+    ]
     return {
         "python": platform.python_version(),
         "versions": versions,
         "cuda": torch.version.cuda,
-        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
+        "gpus": described,
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",

@@ -65,6 +65,10 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     logging.getLogger("py.warnings").propagate = False
     # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
     composer_dist.initialize_dist(get_device(None), timeout=cfg.runtime.timeout_minutes * 60)
+    # Foundry's ranks wait for a file in the working folder, by one name on all machines: those that share the folder
+    # would remove each other's.
+    name = composer_dist.get_node_signal_file_name
+    composer_dist.get_node_signal_file_name = lambda rng=None: f"{name(rng)}-{composer_dist.get_node_rank()}"
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY
 
-RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
+from bench import shares
+
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
 SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.eval_rows=16"]
 STEPS = 30
@@ -102,6 +102,24 @@ def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
     return output
 
 
+def run_on_two_machines(project: str, *settings: str) -> None:
+    """launch.sh with one process on each of two "machines", which share their disk: NNODES, NODE_RANK, MASTER_ADDR."""
+    place = {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(shares.free_port())}
+    machines = [
+        subprocess.Popen(
+            [f"{project}/launch.sh", "--config", "smoke.yaml", *settings],
+            cwd=REPOSITORY,
+            env=environment(**place, NODE_RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+
+
 def error_line(output: str) -> str:
     """The one line that says what was wrong; no traceback stands beside it."""
     lines = [line for line in output.splitlines() if line.startswith("error:")]
@@ -145,44 +163,16 @@ def kill_all(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def ray_nodes(home: Path, *resources: list[str]) -> Iterator[dict[str, str]]:
-    """A cluster of Ray, started from `home` with `ray start`: a node for each of `resources`; the variables to join it.
+    """A cluster of Ray with a node for each of `resources`, started from `home`; the variables to join it.
 
     What `--num-gpus` says are GPUs to Ray alone: it hands them out, and PyTorch sees none.
     """
-    port, variables = free_port(), environment(**RAY)
+    variables = environment()
     variables.pop("PYTHONPATH")  # workers get `common` from Ray
-    temporary = f"/tmp/ray-test-{os.getpid()}-{port}"
-    head = ["--head", f"--port={port}", f"--temp-dir={temporary}", f"--dashboard-port={free_port()}"]
-    nodes = []
-    try:
-        for options in resources:
-            log = home / f"node-{len(nodes)}.log"
-            place = [f"--address=127.0.0.1:{port}"] if nodes else head
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *place, *options]
-            with log.open("wb") as file:
-                command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
-                nodes.append(psutil.Popen(command, cwd=home, env=variables, stdout=file, stderr=file))
-            deadline = time.monotonic() + 120
-            while "Ray runtime started" not in log.read_text():
-                assert nodes[-1].is_running() and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield RAY | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
-        assert all(node.is_running() and node.status() != psutil.STATUS_ZOMBIE for node in nodes)  # left as it was
-    finally:
-        family = [member for node in nodes for member in [*node.children(recursive=True), node]]
-        for member in family:
-            with contextlib.suppress(psutil.Error):
-                member.kill()
-        psutil.wait_procs(family, timeout=60)
-        subprocess.run(["rm", "-rf", temporary], check=True)
+    with shares.ray_nodes(home, [(options, variables) for options in resources]) as cluster:
+        yield cluster
 
 
 @contextlib.contextmanager

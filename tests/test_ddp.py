@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import subprocess
 
 import psutil
 import pytest
@@ -14,15 +13,14 @@ from launching import (
     SMOKE,
     STEPS,
     assert_close,
-    command,
     curve,
-    environment,
     error_line,
     kill_all,
     load_train,
     losses,
     metrics,
     run,
+    run_on_two_machines,
     start,
     wait_for_step,
 )
@@ -61,23 +59,8 @@ def test_ranks_of_the_equality_tests_have_unequal_target_counts():
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one(plain_loop, tmp_path):
-    """launch.sh on each of two "machines": the usual NNODES, NODE_RANK, MASTER_ADDR."""
-    nodes = [
-        subprocess.Popen(
-            command(PROJECT, *EQUAL, f"output_dir={tmp_path}"),
-            cwd=REPOSITORY,
-            env=environment(
-                NPROC_PER_NODE="1", NNODES="2", NODE_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29617"
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+def test_two_machines_train_as_one(plain_loop, tmp_path):
+    run_on_two_machines(PROJECT, *EQUAL, f"output_dir={tmp_path}")
     assert_close(losses(tmp_path), plain_loop, 1e-5)
 
 

@@ -22,6 +22,7 @@ from launching import (
     metrics,
     project_modules,
     run,
+    run_on_two_machines,
     start,
     wait_for_step,
 )
@@ -92,6 +93,12 @@ def test_two_processes_train_and_evaluate_as_ddp_does(undisturbed, base, tmp_pat
     for name in ("epoch", "learning_rate", "tokens"):
         ours, theirs = ([r[name] for r in metrics(folder) if "loss" in r] for folder in (undisturbed, tmp_path))
         assert ours == pytest.approx(theirs, rel=1e-12), name
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_their_disk_train_as_one(undisturbed, base, tmp_path):
+    run_on_two_machines(PROJECT, *RUN, f"model.name={base}", f"output_dir={tmp_path}")
+    assert curve(tmp_path) == curve(undisturbed)
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import (
     EQUAL,
-    RAY,
     SMOKE,
     another_job_with_a_gpu,
     assert_close,
@@ -33,6 +32,7 @@ from launching import (
 from transformers import AutoModelForCausalLM
 from wandb_log import history, read_wandb
 
+from bench.shares import RAY
 from common import models
 from common.config import load_config
 

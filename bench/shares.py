@@ -1,0 +1,97 @@
+"""Several machines with a GPU each, made of one GPU: for measuring what two processes do where there is no second GPU.
+
+CUDA's multi-process service (MPS) gives each process a share of the GPU's multiprocessors. NCCL refuses two ranks on
+one GPU, unless it takes them for ranks on two machines: then what they exchange goes over sockets, through the host's
+memory. What a process allocates is what it would on a GPU of its own; what it computes in a second is its share's, and
+memory bandwidth, caches and power are common to all. An eighth of an H200 multiplies matrices at 99 TFLOP/s (measured);
+a T4's data sheet says 65, and two T4s talk through the host's memory as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
+RAY_START_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def multi_process_service() -> Iterator[None]:
+    """Processes that start in this block share the GPU through MPS. Changes no setting of the GPU."""
+    if not shutil.which("nvidia-cuda-mps-control"):
+        sys.exit("error: --shares: no nvidia-cuda-mps-control here, which comes with NVIDIA's driver")
+    with tempfile.TemporaryDirectory(prefix="mps-", dir="/tmp") as folder:
+        os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input="quit -t 5\n", text=True, check=False)
+
+
+def service_log() -> str:
+    """What MPS wrote last: the reason, where it refused a process."""
+    log = Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]) / "server.log"
+    return log.read_text(errors="replace")[-2000:] if log.exists() else ""
+
+
+def machine_variables(machine: int, shares: int) -> dict[str, str]:
+    """The environment of a process on machine number `machine`, which has 1 / `shares` of the GPU."""
+    return {
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // shares),
+        "NCCL_HOSTID": f"machine-{machine}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_NTHREADS": "4",
+        "NCCL_NSOCKS_PERTHREAD": "4",
+    }
+
+
+@contextlib.contextmanager
+def ray_nodes(home: Path, nodes: list[tuple[list[str], dict[str, str]]]) -> Iterator[dict[str, str]]:
+    """A cluster of Ray, started from `home` with `ray start`: for each of `nodes` one with its options and environment.
+
+    Gives the variables with which to join it. Raises `RuntimeError` where a node does not start.
+    """
+    port = free_port()
+    temporary = f"/tmp/ray-nodes-{os.getpid()}-{port}"  # a socket's path must be short
+    head = ["--head", f"--port={port}", f"--temp-dir={temporary}", f"--dashboard-port={free_port()}"]
+    started: list[psutil.Popen] = []
+    try:
+        for options, variables in nodes:
+            log = home / f"node-{len(started)}.log"
+            place = [f"--address=127.0.0.1:{port}"] if started else head
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *place, *options]
+            command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
+            with log.open("wb") as file:
+                started.append(psutil.Popen(command, cwd=home, env=variables | RAY, stdout=file, stderr=file))
+            deadline = time.monotonic() + RAY_START_SECONDS
+            while "Ray runtime started" not in log.read_text():
+                if not started[-1].is_running() or time.monotonic() > deadline:
+                    raise RuntimeError(log.read_text())
+                time.sleep(0.2)
+        yield RAY | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        assert all(node.is_running() and node.status() != psutil.STATUS_ZOMBIE for node in started)  # left as it was
+    finally:
+        family = [member for node in started for member in [*node.children(recursive=True), node]]
+        for member in family:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        psutil.wait_procs(family, timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
