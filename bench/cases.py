@@ -22,14 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
-from shares import free_port, machine_variables, multi_process_service, ray_nodes, service_log
+from shares import multi_process_service, ray_nodes, service_log, share_of_node
 
 from common.report import read_json, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SECONDS_TO_END = 20  # for the others, when one of a run's launchers has failed
 
 
 @dataclass
@@ -60,85 +58,46 @@ def start_command(case: Case) -> tuple[list[str], list[str]]:
     }[case.launcher]
 
 
-def start_on_machine(case: Case, machine: int, shares: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """What starts the case's process on one of as many machines as it has processes, and its environment."""
-    count, rank, port = str(case.gpus), str(machine), str(port)
-    start, _ = start_command(dataclasses.replace(case, gpus=1))
-    address = ["--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port]
-    if case.launcher == "torchrun":
-        start = [*start[: start.index("--standalone")], "--nproc_per_node", "1", "--nnodes", count, *address]
-    if case.launcher == "composer":
-        start += ["--world_size", count, *address]
-    variables = {"NNODES": count, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # for deepspeed
-    return start, variables | machine_variables(machine, shares)
-
-
-def run_together(commands: list[tuple[list[str], dict[str, str]]]) -> tuple[int, str]:
-    """Run commands side by side; the first exit code that is not 0, and what they printed. If one fails, all end."""
-    with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=output, stderr=subprocess.STDOUT)
-            for command, variables in commands
-        ]
-        deadline = float("inf")
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                deadline = min(deadline, time.monotonic() + SECONDS_TO_END)
-            if time.monotonic() > deadline:  # they wait for the one that failed, and would not save
-                for process in (p for p in processes if p.poll() is None):
-                    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-                        member.kill()
-            time.sleep(0.2)
-        output.seek(0)
-        return next((p.returncode for p in processes if p.returncode), 0), output.read()
-
-
-def run_on_shares(
-    case: Case, arguments: list[str], environment: dict[str, str], shares: int, folder: Path
-) -> tuple[int, str]:
-    """Run the case with every process on its share of the GPU, as though that were a machine's only GPU."""
-    if case.launcher == "python":  # Ray starts the processes, on a node for each share
-        options = ["--num-gpus=1", "--num-cpus=4"]
-        nodes = [(options, environment | machine_variables(i, shares)) for i in range(case.gpus)]
-        with ray_nodes(folder, nodes) as cluster:
-            return run_together([([*start_command(case)[0], *arguments], environment | cluster)])
-    port = free_port()
-    machines = [start_on_machine(case, i, shares, port) for i in range(case.gpus)]
-    return run_together([([*start, *arguments], environment | variables) for start, variables in machines])
-
-
 def run_case(project: str, name: str, case: Case, common_settings: list[str], shares: int = 0) -> dict:
     """Run the case and return its record; a run that fails is a record too. With `shares`, on shares of one GPU."""
     script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
     script.append(f"{case.project or project}/train.py")
     settings = [*common_settings, *case.settings]
-    variables = {k: v for k, v in case.variables.items() if not (shares and k == "CUDA_VISIBLE_DEVICES")}
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        run = Path(folder) / "run"
-        start, shown = start_command(case)
-        if shares and case.launcher != "python":
-            shown = [f"NNODES={case.gpus}", *start_command(dataclasses.replace(case, gpus=1))[1]]
-        arguments = [*script, *settings, f"output_dir={run}"]
+    variables = dict(case.variables)
+    by_ray = case.launcher == "python"  # which starts the processes, on a node for each share
+    if shares:
+        variables = {k: v for k, v in variables.items() if k != "CUDA_VISIBLE_DEVICES"} | {"GPU_SHARES": str(shares)}
+        if not by_ray:
+            script.insert(0, "common/gpu_share.py")
+    start, shown = start_command(case)
+    with contextlib.ExitStack() as stack:
+        folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        run = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))) / "run"
         environment = (
             os.environ
             | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as launch.sh does
             | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
             | variables
         )
-        if shares:
-            code, output = run_on_shares(case, arguments, environment, shares, Path(folder))
-        else:
-            code, output = run_together([([*start, *arguments], environment)])
-        summary, steps, machine = (
-            read_json(run / "summary.json"),
-            read_metrics(run),
-            read_json(run / "environment.json"),
+        if shares and by_ray:
+            options = ["--num-gpus=1", "--num-cpus=4"]
+            nodes = [(options, environment | share_of_node(environment, i)) for i in range(case.gpus)]
+            environment |= stack.enter_context(ray_nodes(run.parent, nodes))
+        done = subprocess.run(
+            [*start, *script, *settings, f"output_dir={run}"],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        summary, steps = read_json(run / "summary.json"), read_metrics(run)
+        machine = read_json(run / "environment.json")
         seen = {path.stem: read_json(path) for path in sorted(run.glob("stage-times-*.json"))}
-    if code:
-        print(output[-3000:] + (service_log() if shares > 1 else ""))
+    if done.returncode:
+        print(done.stdout[-3000:] + service_log())
         summary.setdefault("status", "failed")  # before it began
-        summary.setdefault("error", next((x for x in output.splitlines() if "error:" in x), "see the output"))
+        summary.setdefault("error", next((x for x in done.stdout.splitlines() if "error:" in x), "see the output"))
     return {
         "project": case.project or project,
         "case": name,
@@ -150,7 +109,6 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
         ),
         "settings": dict(s.split("=", 1) for s in case.settings),
         "gpus": case.gpus,
-        "gpu_shares": shares,  # each process has one of so many; 0: a whole GPU
         "summary": summary,
         "first_steps": steps[:6],
         "last_steps": [step for step in steps if "loss" in step][-1:],
@@ -161,7 +119,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
 
 def measured_ceiling(shares: int) -> float | None:
     """bf16 TFLOP/s of the GPU or of a share of it; in a process of its own, for this one must hold no memory of it."""
-    variables = os.environ | (machine_variables(0, shares) if shares else {})
+    variables = os.environ | ({"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // shares)} if shares else {})
     command = [sys.executable, "bench/ceiling.py"]
     done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     return float(done.stdout) if done.returncode == 0 else None
@@ -184,7 +142,10 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         type=int,
         default=0,
         metavar="N",
-        help="each process has 1/N of the only GPU; 1: they take turns on all of it (bench/shares.py)",
+        help="each process has 1/N of a GPU (common/gpu_share.py)",
+    )
+    parser.add_argument(
+        "--turns", action="store_true", help="with --shares: the processes take turns on all of the GPU"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="behind the settings of every case")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
@@ -229,7 +190,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
             flush=True,
         )
 
-    with multi_process_service() if arguments.shares > 1 else contextlib.nullcontext():
+    with multi_process_service() if arguments.shares and not arguments.turns else contextlib.nullcontext():
         ceiling = measured_ceiling(arguments.shares)
         print(f"measured bf16 matrix-product ceiling: {ceiling} TFLOP/s")
         with ThreadPoolExecutor() as pool:

@@ -1,10 +1,8 @@
-"""Several machines with a GPU each, made of one GPU: for measuring what two processes do where there is no second GPU.
+"""What common/gpu_share.py needs beside it, for measuring: CUDA's multi-process service, and nodes of Ray.
 
-CUDA's multi-process service (MPS) gives each process a share of the GPU's multiprocessors. NCCL refuses two ranks on
-one GPU, unless it takes them for ranks on two machines: then what they exchange goes over sockets, through the host's
-memory. What a process allocates is what it would on a GPU of its own; what it computes in a second is its share's, and
-memory bandwidth, caches and power are common to all. An eighth of an H200 multiplies matrices at 99 TFLOP/s (measured);
-a T4's data sheet says 65, and two T4s talk through the host's memory as well.
+Ray starts its workers by itself, one for each GPU; so each of its nodes has a share of the GPU, and takes it for a
+GPU. What a process allocates on a share is what it would on a GPU of its own; what it computes in a second is its
+share's. An eighth of an H200 multiplies matrices at 99 TFLOP/s (measured); a T4's data sheet says 65.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from common.gpu_share import share_variables
 
 RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 RAY_START_SECONDS = 120
@@ -47,20 +47,15 @@ def multi_process_service() -> Iterator[None]:
 
 
 def service_log() -> str:
-    """What MPS wrote last: the reason, where it refused a process."""
-    log = Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]) / "server.log"
+    """What MPS wrote last, if it runs: the reason, where it refused a process."""
+    log = Path(os.environ.get("CUDA_MPS_LOG_DIRECTORY", "")) / "server.log"
     return log.read_text(errors="replace")[-2000:] if log.exists() else ""
 
 
-def machine_variables(machine: int, shares: int) -> dict[str, str]:
-    """The environment of a process on machine number `machine`, which has 1 / `shares` of the GPU."""
-    return {
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // shares),
-        "NCCL_HOSTID": f"machine-{machine}",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_NTHREADS": "4",
-        "NCCL_NSOCKS_PERTHREAD": "4",
-    }
+def share_of_node(environment: dict[str, str], node: int) -> dict[str, str]:
+    """The share of the GPU that the workers of one of Ray's nodes have: see common/gpu_share.py."""
+    variables = share_variables(environment | {"LOCAL_RANK": str(node), "WORLD_SIZE": "1"})
+    return {name: value for name, value in variables.items() if name.startswith(("CUDA_", "NCCL_"))}
 
 
 @contextlib.contextmanager

@@ -33,8 +33,9 @@ def launcher_options(processes: int) -> list[str]:
             f"MASTER_ADDR is the first machine's address"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",")[:processes] if visible else list(range(processes))
-    machines = {f"machine-{i}": devices for i in range(int(nodes or 1))}
+    shares = int(os.environ.get("GPU_SHARES") or 1)  # so many processes on each
+    devices = [gpu for gpu in visible.split(",") for _ in range(shares)][:processes] if visible else range(processes)
+    machines = {f"machine-{i}": list(devices) for i in range(int(nodes or 1))}
     return [
         f"--world_info={base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()}",
         f"--node_rank={os.environ['NODE_RANK'] if nodes else 0}",

@@ -102,7 +102,7 @@ def gpus() -> list[dict[str, str]]:
 
 def processes() -> int:
     """How many processes the launch scripts start here: one for each GPU, or two on the CPU, unless told otherwise."""
-    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) or 2
+    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) * int(os.environ.get("GPU_SHARES", 1)) or 2
 
 
 def check_machine(wanted_gpus: int = 2) -> None:
@@ -119,6 +119,8 @@ def check_machine(wanted_gpus: int = 2) -> None:
     print(f"{'Python':15} {platform.python_version()}")
     if any(gpu["capability"].startswith("6.") for gpu in found):
         print("warning: current builds of PyTorch have no code for a P100: choose the accelerator «GPU T4 x2»")
+    elif found and os.environ.get("GPU_SHARES"):
+        print(f"{'GPU_SHARES':15} {os.environ['GPU_SHARES']} processes share a GPU")
     elif found and len(found) < wanted_gpus:
         print(f"warning: {len(found)} GPU, and this notebook is about {wanted_gpus}: choose «GPU T4 x2»")
 
@@ -162,7 +164,8 @@ def launch(project: str, config: str, *settings: str) -> None:
 def evaluate(project: str, config: str, *settings: str) -> None:
     """Start the project's eval.py on all GPUs, or on two CPU processes. Raises `CellFailed` if it fails."""
     launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes())]
-    _show([*launcher, f"{project}/eval.py", "--config", config, *settings], quiet=True)
+    share = ["common/gpu_share.py"] if gpus() and os.environ.get("GPU_SHARES") else []
+    _show([*launcher, *share, f"{project}/eval.py", "--config", config, *settings], quiet=True)
 
 
 def _show(command: list[str], quiet: bool = False) -> None:

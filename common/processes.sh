@@ -1,9 +1,18 @@
-# Sourced by every launch.sh: the Python environment, and `gpus` and `processes` of this machine.
+# Sourced by the launch.sh of all projects but Ray's: the Python environment, `gpus` and `processes` of this machine, and
+# `share`, what stands before the script where GPU_SHARES processes share a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
-processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+share=()
+if [[ -n ${GPU_SHARES:-} ]]; then
+    if [[ ! $GPU_SHARES =~ ^[1-9][0-9]?$ ]]; then
+        echo "error: GPU_SHARES=$GPU_SHARES: set it to how many processes share a GPU, such as 2" >&2
+        exit 2
+    fi
+    if ((gpus > 0)); then share=("$repository/common/gpu_share.py"); fi
+fi
+processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus * ${GPU_SHARES:-1} : 2))}
 if ((gpus == 0)); then # PyTorch's threads: share the cores out
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 1 ? cores / processes : 1))}

@@ -42,7 +42,7 @@ def shared(records: list[dict], value: Callable[[dict], object]) -> str:
 
 def gpus_of(r: dict) -> str:
     name = r["environment"]["gpus"][0]["name"]
-    if shares := r.get("gpu_shares"):
+    if shares := r["environment"].get("gpu_shares"):
         return f"{r['gpus']} × 1/{shares} of one {name}"
     return f"{len(r['environment']['gpus'])} × {name}"
 
@@ -224,7 +224,7 @@ def pipeline_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
-        "of a GPU": lambda r: f"1/{r['gpu_shares']}" if r.get("gpu_shares") else "all",
+        "of a GPU": lambda r: f"1/{r['environment']['gpu_shares']}" if r["environment"].get("gpu_shares") else "all",
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
         "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),

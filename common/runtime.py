@@ -47,9 +47,12 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
 
 
 def check_process_count() -> None:
-    """Raise `UserError` where a launcher started more processes on this machine than it has GPUs."""
+    """Raise `UserError` where a launcher started more processes on this machine than it has GPUs, or shares of them."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if gpus and processes > gpus:
+    if share := os.environ.get("GPU_SHARE"):  # from common/gpu_share.py: this process sees one GPU, or none
+        if not gpus:
+            raise UserError(f"no GPU for one of {processes} processes, which has {share}: set NPROC_PER_NODE lower")
+    elif gpus and processes > gpus:
         raise UserError(f"{processes} processes for {gpus} GPUs: start with --nproc_per_node {gpus} or fewer")
 
 
@@ -204,6 +207,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "versions": versions,
         "cuda": torch.version.cuda,
         "gpus": described,
+        "gpu_shares": int(os.environ.get("GPU_SHARES", 0)),  # processes that share a GPU; 0: each has its own
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",

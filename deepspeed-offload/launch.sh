@@ -3,9 +3,10 @@
 #
 #   deepspeed-offload/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=2 deepspeed-offload/launch.sh ...                              # another number of processes
+#   GPU_SHARES=2 deepspeed-offload/launch.sh ...                                  # two processes on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-offload/launch.sh ...     # on each of two machines
 set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)
 source "$folder/../common/deepspeed.sh"
-if ((gpus > 0)); then processes=${NPROC_PER_NODE:-1}; fi # the point of offload: one GPU will do
+if ((gpus > 0)); then processes=${NPROC_PER_NODE:-${GPU_SHARES:-1}}; fi # the point of offload: one GPU will do
 deepspeed_script "$folder/train.py" "$@"

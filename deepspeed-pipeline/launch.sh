@@ -3,6 +3,7 @@
 #
 #   deepspeed-pipeline/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=4 deepspeed-pipeline/launch.sh pipeline.stages=2               # two pipelines of two stages
+#   GPU_SHARES=2 deepspeed-pipeline/launch.sh ...                                 # two stages on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-pipeline/launch.sh ...     # on each of two machines
 set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)

@@ -4,6 +4,7 @@
 #
 #   llm-foundry-finetune/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=1 llm-foundry-finetune/launch.sh ...                                  # another number of processes
+#   GPU_SHARES=2 llm-foundry-finetune/launch.sh ...                                      # two processes on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 llm-foundry-finetune/launch.sh ...         # on each of two machines
 set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)
@@ -17,4 +18,4 @@ if [[ -n ${NNODES:-} ]]; then
         --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine\'s address}")
 fi
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore} # dozens of libraries warn of their own insides
-exec python "$folder/composer_launcher.py" -n "$processes" "${rendezvous[@]}" "$folder/train.py" "$@"
+exec python "$folder/composer_launcher.py" -n "$processes" "${rendezvous[@]}" "${share[@]}" "$folder/train.py" "$@"

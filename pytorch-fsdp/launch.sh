@@ -3,6 +3,7 @@
 #
 #   pytorch-fsdp/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=1 pytorch-fsdp/launch.sh ...                                   # another number of processes
+#   GPU_SHARES=2 pytorch-fsdp/launch.sh ...                                       # two processes on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 pytorch-fsdp/launch.sh ...          # on each of two machines
 set -euo pipefail
 folder=$(cd "$(dirname "$0")" && pwd)

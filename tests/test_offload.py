@@ -454,6 +454,9 @@ def test_the_launcher_is_told_about_machines_and_devices(monkeypatch):
     assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": [0, 1]}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["2", "5"]}
+    monkeypatch.setenv("GPU_SHARES", "2")
+    assert world(deepspeed_launcher.launcher_options(4)) == {"machine-0": ["2", "2", "5", "5"]}
+    monkeypatch.delenv("GPU_SHARES")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("NODE_RANK", "1")

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import runtime
 from common.config import BaseConfig, DataConfig, ModelConfig, RuntimeConfig, TrainConfig
+from common.gpu_share import share_variables
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
 from common.models import load_model
@@ -217,6 +218,43 @@ class TestStopRequest:
         time.sleep(0.3)
         assert "runtime.max_hours" in stop.reason
         assert runtime.StopRequest(RuntimeConfig(max_hours=1)).reason is None
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "gpu"),
+    [(0, None, "0"), (1, None, "0"), (2, None, "1"), (3, "4,7", "7"), (1, "4,4,7,7", "4"), (4, "4,7", "")],
+)
+def test_processes_that_share_gpus_have_one_each(local_rank, visible, gpu):
+    launched = {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "5"}
+    launched |= {"GPU_SHARES": "2"} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    own = share_variables(launched)
+    assert own["CUDA_VISIBLE_DEVICES"] == gpu and own["LOCAL_RANK"] == "0"
+    assert own["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50" and own["NCCL_SOCKET_IFNAME"] == "lo"
+    assert own["NCCL_HOSTID"] != share_variables(launched | {"LOCAL_RANK": str(local_rank + 1)})["NCCL_HOSTID"]
+    several_machines = share_variables(launched | {"WORLD_SIZE": "10", "NCCL_SOCKET_NTHREADS": "2"})
+    assert not {"NCCL_SOCKET_IFNAME", "NCCL_SOCKET_NTHREADS"} & several_machines.keys()  # what is set stays
+
+
+def test_a_share_of_a_gpu_that_is_not_there_is_refused(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; from common import runtime; print(*sys.argv[1:]); runtime.check_process_count()")
+    variables = {"GPU_SHARES": "2", "LOCAL_RANK": "9", "LOCAL_WORLD_SIZE": "10", "CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "common/gpu_share.py", script, "a=1"],
+        env=os.environ | variables | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "a=1\n"
+    assert "no GPU for one of 10 processes, which has 1/2 of GPU 4: set NPROC_PER_NODE lower" in done.stderr
+
+
+def test_launch_says_what_gpu_shares_takes():
+    for wrong in ("two", "0", "1/2"):
+        done = subprocess.run(
+            ["pytorch-ddp/launch.sh", "--help"],
+            cwd=REPOSITORY, env=os.environ | {"GPU_SHARES": wrong}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == f"error: GPU_SHARES={wrong}: set it to how many processes share a GPU, such as 2\n"
 
 
 def test_the_environment_is_described_in_json():
