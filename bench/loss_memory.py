@@ -2,7 +2,7 @@
 
     python bench/loss_memory.py results/pytorch-ddp/loss-memory.json
 
-Qwen2-0.5B's head (151,936 × 896), bf16 autocast over fp32 weights, 4 × 512 and 32 × 1024 tokens. Also the distance of
+Qwen2-0.5B's head (151,936 × 896), bf16 autocast over fp32 weights, 1 × 512, 4 × 512 and 32 × 1024 tokens. Also the distance of
 each gradient from the fp64 one.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     plain_fp64 = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     plain_fp64.backward()
     exact = hidden.grad, weight.grad
-    for tokens in (2048, 32768):
+    for tokens in (512, 2048, 32768):
         for name, function in (("plain", plain), ("chunked", linear_cross_entropy)):
             figures, gradients = measure(function, tokens)
             if tokens == 2048:

@@ -28,6 +28,9 @@ from common.errors import UserError
 IGNORE = -100  # the label of a token that is no target, as in PyTorch and transformers
 CHUNK_LOGITS = 2**29  # logits a chunk holds at most: 1 GiB in bf16
 FEWEST_CHUNKS = 8  # so that a small batch, too, needs a fraction of the memory
+# In tokens. Each chunk reads and writes the whole gradient of the head: for Llama-3.2-1B 2 GB, 7 ms at a T4's 300 GB/s.
+# The products of 256 tokens take it about as long, at 65 TFLOP/s.
+SMALLEST_CHUNK = 256
 
 
 class CausalLMLoss(nn.Module):
@@ -106,8 +109,14 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def chunk_size(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits are there at a time."""
+    size = max(SMALLEST_CHUNK, -(-tokens // FEWEST_CHUNKS))
+    return max(1, min(size, tokens, CHUNK_LOGITS // vocabulary))
+
+
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int):
-    size = max(1, min(CHUNK_LOGITS // vocabulary, -(-len(targets) // FEWEST_CHUNKS)))
+    size = chunk_size(len(targets), vocabulary)
     return zip(hidden.split(size), targets.split(size), strict=True) if len(targets) else ()
 
 

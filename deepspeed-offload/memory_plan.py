@@ -18,7 +18,7 @@ import torch
 from common import models
 from common.config import BaseConfig
 from common.errors import UserError
-from common.loss import CHUNK_LOGITS, FEWEST_CHUNKS
+from common.loss import chunk_size
 
 GIB = 2**30
 PROCESS = {"cuda": 4.2 * GIB, "cpu": 0.55 * GIB}  # what a rank takes beside the model: Python, libraries, CUDA, data
@@ -75,7 +75,7 @@ def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: 
     kept = KEPT_WIDTHS * hidden + KEPT_INNER * tokens * model.inner
     backward = BACKWARD_WIDTHS * hidden + BACKWARD_INNER * tokens * model.inner
     inputs = (model.layers + 1) * hidden if checkpointing else model.layers * kept
-    chunk = min(CHUNK_LOGITS, -(-tokens // FEWEST_CHUNKS) * model.vocabulary)
+    chunk = chunk_size(tokens, model.vocabulary) * model.vocabulary
     phases = {
         # The head's gradient is summed in fp32 while a chunk's logits are there; hidden states in and out.
         "loss": b * inputs + 4 * model.head + LOGITS * b * chunk + 5 * b * hidden,

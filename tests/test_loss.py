@@ -57,6 +57,9 @@ def test_chunks_are_as_many_as_they_should_be(monkeypatch):
     targets = torch.zeros(100, dtype=torch.long)
     hidden = torch.zeros(100, WIDTH)
     sizes = [len(rows) for rows, _ in loss_module._chunks(hidden, targets, VOCABULARY)]
+    assert sizes == [100], "so few are not worth a cut"
+    monkeypatch.setattr(loss_module, "SMALLEST_CHUNK", 10)
+    sizes = [len(rows) for rows, _ in loss_module._chunks(hidden, targets, VOCABULARY)]
     assert sizes == [13] * 7 + [9], "a small batch, too, is cut"
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * VOCABULARY + 1)
     assert {len(rows) for rows, _ in loss_module._chunks(hidden, targets, VOCABULARY)} == {7, 2}
@@ -129,7 +132,8 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_gradients_only_the_logits_are_computed():
+def test_without_gradients_only_the_logits_are_computed(monkeypatch):
+    monkeypatch.setattr(loss_module, "SMALLEST_CHUNK", 1)
     hidden, weight, targets = problem(80)
     with Products() as with_gradients:
         loss = linear_cross_entropy(hidden, weight, targets)
