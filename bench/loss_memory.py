@@ -2,8 +2,8 @@
 
     python bench/loss_memory.py results/pytorch-ddp/loss-memory.json
 
-Qwen2-0.5B's head (151,936 × 896), bf16 autocast over fp32 weights, 1 × 512, 4 × 512 and 32 × 1024 tokens. Also the distance of
-each gradient from the fp64 one.
+Qwen2-0.5B's head (151,936 × 896), bf16 autocast over fp32 weights, 1 × 512, 4 × 512 and 32 × 1024 tokens. Also the
+distance of each gradient from the fp64 one.
 """
 
 import json
