@@ -36,7 +36,7 @@ demo: .venv/ready ## fine-tune and evaluate with DDP on two CPU processes: no GP
 
 .PHONY: test
 test: .venv/ready .venv-foundry/ready lint ## everything: real launchers, trackers, Hub client, kill and resume
-	@$(RUN) python -m pytest tests
+	@$(RUN) python -m pytest tests --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: test-fast
 test-fast: .venv/ready ## the tests that take under 4 minutes together
