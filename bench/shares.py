@@ -55,7 +55,7 @@ def service_log() -> str:
 def share_of_node(environment: dict[str, str], node: int) -> dict[str, str]:
     """The share of the GPU that the workers of one of Ray's nodes have: see common/gpu_share.py."""
     variables = share_variables(environment | {"LOCAL_RANK": str(node), "WORLD_SIZE": "1"})
-    return {name: value for name, value in variables.items() if name.startswith(("CUDA_", "NCCL_"))}
+    return {name: value for name, value in variables.items() if name.startswith(("CUDA_", "GPU_", "NCCL_"))}
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def gpus() -> list[dict[str, str]]:
 
 def processes() -> int:
     """How many processes the launch scripts start here: one for each GPU, or two on the CPU, unless told otherwise."""
-    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) * int(os.environ.get("GPU_SHARES", 1)) or 2
+    return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) * int(os.environ.get("GPU_SHARES") or 1) or 2
 
 
 def check_machine(wanted_gpus: int = 2) -> None:

@@ -40,11 +40,14 @@ def shared(records: list[dict], value: Callable[[dict], object]) -> str:
     return ", ".join(dict.fromkeys(str(value(r)) for r in records))
 
 
+def share(r: dict) -> str:
+    """What each process had of a GPU, such as 1/8; empty: all of it."""
+    return r["environment"].get("gpu_share", "").partition(" ")[0]
+
+
 def gpus_of(r: dict) -> str:
     name = r["environment"]["gpus"][0]["name"]
-    if shares := r["environment"].get("gpu_shares"):
-        return f"{r['gpus']} × 1/{shares} of one {name}"
-    return f"{len(r['environment']['gpus'])} × {name}"
+    return f"{r['gpus']} × {share(r)} of one {name}" if share(r) else f"{len(r['environment']['gpus'])} × {name}"
 
 
 def machine(records: list[dict]) -> str:
@@ -224,7 +227,7 @@ def pipeline_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
-        "of a GPU": lambda r: f"1/{r['environment']['gpu_shares']}" if r["environment"].get("gpu_shares") else "all",
+        "of a GPU": lambda r: share(r) or "all",
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
         "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),

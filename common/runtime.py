@@ -207,7 +207,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "versions": versions,
         "cuda": torch.version.cuda,
         "gpus": described,
-        "gpu_shares": int(os.environ.get("GPU_SHARES", 0)),  # processes that share a GPU; 0: each has its own
+        "gpu_share": os.environ.get("GPU_SHARE", ""),  # of rank 0, such as «1/2 of GPU 0»; empty: all of a GPU
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
