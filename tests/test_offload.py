@@ -36,7 +36,8 @@ from common.config import ModelConfig, load_config
 PROJECT = "deepspeed-offload"
 # Groups of 50,000 parameters: the tiny model then has several, as the real one does.
 GROUPS = "offload.group_millions=0.05"
-SAME = [*EQUAL, "model.name=tiny:llama", "train.weight_decay=0.1"]  # what both projects are given
+# What both projects are given. About half of the steps clip; whose docstrings they learn depends on the Python.
+SAME = [*EQUAL, "model.name=tiny:llama", "train.weight_decay=0.1", "train.max_grad_norm=0.65"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def ddp(tmp_path_factory) -> list[tuple[float, float]]:
     folder = tmp_path_factory.mktemp("ddp")
     run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
     norms = [norm for _, norm in losses(folder)]
-    assert min(norms) < 1 < max(norms)  # some steps clip, some do not
+    assert min(norms) < 0.65 < max(norms)  # some steps clip, some do not
     return losses(folder)
 
 

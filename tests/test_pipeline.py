@@ -32,7 +32,8 @@ from common import deepspeed_launcher, models
 from common.config import ModelConfig, load_config
 
 PROJECT = "deepspeed-pipeline"
-SAME = [*EQUAL, "train.weight_decay=0.1"]  # what both projects are given
+# What both projects are given. About half of the steps clip; whose docstrings they learn depends on the Python.
+SAME = [*EQUAL, "train.weight_decay=0.1", "train.max_grad_norm=0.65"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def ddp(tmp_path_factory, names):
             folder = tmp_path_factory.mktemp("ddp")
             run("pytorch-ddp", *SAME, f"model.name={names[kind]}", f"output_dir={folder}", processes=1)
             norms = [norm for _, norm in losses(folder)]
-            assert min(norms) < 1 < max(norms)  # some steps clip, some do not
+            assert min(norms) < 0.65 < max(norms)  # some steps clip, some do not
             found[kind] = folder
         return found[kind]
 

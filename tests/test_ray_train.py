@@ -37,8 +37,8 @@ from common import models
 from common.config import load_config
 
 PROJECT = "ray-train"
-# tiny:bloom's gradient norms are about a half: some steps clip, some do not.
-SAME = [*EQUAL, "model.name=tiny:bloom", "train.weight_decay=0.1", "train.max_grad_norm=0.5"]
+# tiny:bloom's gradient norms are about 0.6: some steps clip, some do not.
+SAME = [*EQUAL, "model.name=tiny:bloom", "train.weight_decay=0.1", "train.max_grad_norm=0.6"]
 TOKEN = "hf_writer"  # which Ray must write nowhere
 
 
@@ -73,7 +73,7 @@ def ddp(tmp_path_factory) -> list[tuple[float, float]]:
     folder = tmp_path_factory.mktemp("ddp")
     run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
     norms = [norm for _, norm in losses(folder)]
-    assert min(norms) < 0.5 < max(norms)
+    assert min(norms) < 0.6 < max(norms)
     return losses(folder)
 
 
