@@ -3,6 +3,7 @@
 python bench/pipeline.py                                     # the model and data of config.yaml, from the Hub
 python bench/pipeline.py --model FOLDER --text FILE.jsonl    # without the Hub: real shapes (bench/real_shapes.py)
 python bench/pipeline.py --only 2-stages-micro-16            # this case, or cases whose names begin so
+python bench/pipeline.py --shares 8 --set train.max_steps=8  # on one GPU: each stage has an eighth of it
 
 A record holds what each stage computes and its peak of memory beside the run's speed (bench/stage_times.py). From that
 comes the efficiency: what the slowest stage computes in a step, divided by the time of the step. Ideal are m of
