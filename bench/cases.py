@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -19,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -153,7 +152,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
 
     beginnings = tuple(name for name in arguments.only if name not in cases)
     chosen = {
-        name: dataclasses.replace(case, settings=[*case.settings, *arguments.set])
+        name: replace(case, settings=[*case.settings, *arguments.set])
         for name, case in cases.items()
         if name in arguments.only or name.startswith(beginnings)
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,16 +19,11 @@ from pathlib import Path
 
 import psutil
 
+from common.deepspeed_launcher import free_port
 from common.gpu_share import share_variables
 
 RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 RAY_START_SECONDS = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def launcher_options(processes: int) -> list[str]:
         f"--world_info={base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()}",
         f"--node_rank={os.environ['NODE_RANK'] if nodes else 0}",
         f"--master_addr={os.environ['MASTER_ADDR'] if nodes else '127.0.0.1'}",
-        f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else _free_port()}",
+        f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else free_port()}",
     ]
 
 
@@ -86,7 +86,7 @@ def run(command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -16,6 +16,7 @@ import pytest
 from conftest import REPOSITORY
 
 from bench import shares
+from common.deepspeed_launcher import free_port
 
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
 SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.eval_rows=16"]
@@ -104,7 +105,7 @@ def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
 
 def run_on_two_machines(project: str, *settings: str) -> None:
     """launch.sh with one process on each of two "machines", which share their disk: NNODES, NODE_RANK, MASTER_ADDR."""
-    place = {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(shares.free_port())}
+    place = {"NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     machines = [
         subprocess.Popen(
             [f"{project}/launch.sh", "--config", "smoke.yaml", *settings],
