@@ -270,7 +270,7 @@ def test_a_search_stops_when_its_hours_are_over_and_goes_on_by_the_same_command(
     # A third of what the whole search took from its first trial on: before that, data are read and Ray is started.
     seconds = json.loads((expected / "summary.json").read_text())["search"]["wall_seconds"] / 3
     settings = [*SEARCH, "tracking.backend=none", f"output_dir={tmp_path}"]
-    hours = f"runtime.max_hours={seconds / 3600:.6f}"
+    hours = f"runtime.max_hours={round(seconds / 3600, 6)}"  # as it is said again: without a last zero
     output = run(PROJECT, *settings, hours)
     assert f"Stopped ({hours} is over); the same command goes on from here" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
