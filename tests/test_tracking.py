@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from wandb_log import config, history, read_wandb
+
+from common.deepspeed_launcher import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = "x" * 20_000
@@ -88,12 +89,6 @@ def train(
     assert done.returncode == 0, done.stderr
     printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     return printed, done.stderr, time.monotonic() - began
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def assert_one_warning(stderr: str, backend: str) -> None:
