@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from common import report
-from common.config import BaseConfig, DataConfig, ModelConfig
+from common.config import BaseConfig, DataConfig, ModelConfig, get, load_config
 from common.data import TokenizedRows, collate, load_rows, prompt_and_reference, tokenize
 from common.errors import UserError
 from common.loss import IGNORE, CausalLMLoss
@@ -200,13 +200,17 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
 
     On one process or on the processes of a launcher. Writes `eval.json`, `samples.md` and `plots/eval.png` into
     `cfg.output_dir`, prints a table and samples, and returns what `eval.json` holds. Raises `UserError` where there is
-    no fine-tuned model, and for what loading models and data raises.
+    no fine-tuned model, or its training's settings would make the comparison wrong, and for what loading models and
+    data raises.
     """
     check_process_count()
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
+    notes = check_training(cfg, Path(models["fine_tuned"].name))
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
     only_main_shows_progress(accelerator.is_main_process)
+    for note in notes:
+        accelerator.print(f"note: {note}")
     check_gpu(accelerator.device)
     limit_gpu_memory(cfg.runtime, accelerator.device)
     dtype, reason = resolve_precision(cfg.train.precision, accelerator.device)
@@ -262,6 +266,46 @@ def fine_tuned_model(cfg: BaseConfig, project: str) -> ModelConfig:
         command = shlex.join([f"{project}/launch.sh", *sys.argv[1:]])
         raise UserError(f"{folder}: no fine-tuned model yet; train first: {command}\n(or set eval.model)")
     return ModelConfig(name=str(folder))
+
+
+def check_training(cfg: BaseConfig, model: Path) -> list[str]:
+    """What to know of the run whose `model/` this is; nothing where the model does not lie in a run folder.
+
+    Raises `UserError` where rows that it trained on would pass for held out, or it began with another base model.
+    """
+    run_dir, notes = model.parent, []
+    path = run_dir / "config.yaml"
+    try:
+        trained = load_config(type(cfg), path, []) if model.is_dir() and path.is_file() else None
+    except UserError:  # another project's
+        trained = None
+    if trained is None:
+        return notes
+    same_data = (_place(trained.data.name), trained.data.subset) == (_place(cfg.data.name), cfg.data.subset)
+    keys, why = [], "the base would be another model"
+    if _place(trained.model.name) != _place(cfg.model.name):
+        keys = ["model.name"]
+    elif not same_data:
+        notes += [f"the model was trained on {trained.data.name}, not on {cfg.data.name}"]
+    elif trained.data.split == (cfg.data.eval_split or cfg.data.split):
+        why = "rows that it trained on would pass for held out"
+        if trained.data.eval_split:
+            keys = ["data.eval_split"]
+        elif cfg.data.eval_rows > trained.data.eval_rows:  # fewer are the first ones of the same
+            keys = ["data.eval_rows"]
+        keys += ["seed"] * (cfg.seed != trained.seed)
+    if keys:
+        settings = ", ".join(f"{key}={get(cfg, key)} (training: {get(trained, key)})" for key in keys)
+        raise UserError(f"{settings}: {why}; set it as in the training, or evaluate with its settings: --config {path}")
+    summary = report.read_json(run_dir / "summary.json")
+    if summary.get("status", "completed") != "completed":
+        notes += [f"{run_dir} goes on from an earlier end, whose model this is; it is at step {summary['steps']} now"]
+    return notes
+
+
+def _place(name: str) -> str:
+    """A Hub id, or an absolute path: a folder or file has many names."""
+    return os.path.realpath(name) if os.path.exists(name) else name
 
 
 def _measure(

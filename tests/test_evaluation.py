@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import refused
 from matplotlib.image import imread
 
-from common.config import BaseConfig, DataConfig, ModelConfig
+from common.config import BaseConfig, DataConfig, ModelConfig, save_config
 from common.data import load_rows, tokenize
 from common.errors import UserError
 from common.evaluation import (
     answer_scores,
+    check_training,
     compare,
     encode_prompt,
     evaluate,
@@ -262,6 +264,48 @@ def test_missing_fine_tuned_model_names_the_command(tmp_path, monkeypatch):
         fine_tuned_model(cfg, "pytorch-ddp")
     cfg.eval.model = "some/model"
     assert fine_tuned_model(cfg, "pytorch-ddp").name == "some/model"
+
+
+def test_rows_that_trained_are_never_held_out(tmp_path):
+    """Whatever is refused would have let some in, and whatever is not lets none in."""
+    (tmp_path / "model").mkdir()
+    trained = BaseConfig(data=data_config(eval_rows=20), seed=1)
+    save_config(trained, tmp_path / "config.yaml")
+    texts = set(load_rows(trained.data, 1)[0]["text"])
+    for eval_rows, seed, accepted in ((20, 1, True), (7, 1, True), (60, 1, False), (20, 2, False), (7, 2, False)):
+        cfg = BaseConfig(data=data_config(eval_rows=eval_rows), seed=seed)
+        overlap = texts & set(load_rows(cfg.data, seed)[1]["text"])
+        try:
+            assert check_training(cfg, tmp_path / "model") == [] and accepted and not overlap
+        except UserError as error:
+            assert not accepted and overlap
+            assert f"--config {tmp_path / 'config.yaml'}" in str(error)
+            assert ("data.eval_rows=60 (training: 20)" in str(error)) == (eval_rows == 60)
+            assert (f"seed={seed} (training: 1)" in str(error)) == (seed == 2)
+    trained.data.eval_split = "test"  # then all of the other split trained
+    save_config(trained, tmp_path / "config.yaml")
+    with refused("data.eval_split= (training: test)"):
+        check_training(BaseConfig(data=data_config(eval_rows=7), seed=1), tmp_path / "model")
+
+
+def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    model = Path("run/model")
+    cfg = BaseConfig(model=ModelConfig("tiny:llama"))
+    assert check_training(cfg, model) == []  # a model without the records of a run
+    save_config(cfg, tmp_path / "run/config.yaml")
+    assert check_training(cfg, model) == check_training(BaseConfig(), Path("run/of-the-hub")) == []
+    with refused("model.name=tiny:qwen2 (training: tiny:llama)", "--config run/config.yaml"):
+        check_training(BaseConfig(), model)
+    cfg.data.name = "other.jsonl"
+    assert check_training(cfg, model) == ["the model was trained on pydoc, not on other.jsonl"]
+    (tmp_path / "run/summary.json").write_text('{"status": "interrupted", "steps": 4}')
+    cfg.data.name = "pydoc"
+    (note,) = check_training(cfg, model)
+    assert note.startswith("run goes on from an earlier end") and "step 4" in note
+    (tmp_path / "run/config.yaml").write_text("model: {layers: 3}")  # another program's
+    assert check_training(BaseConfig(), model) == []
 
 
 @pytest.fixture(scope="module")
