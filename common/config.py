@@ -201,6 +201,8 @@ def load_config(config_class: type[C], path: Path, overrides: list[str]) -> C:
         raise UserError(f"{path}: {error.full_key or '?'}: {str(error).splitlines()[0]}") from None
     for name, f in known.items():
         _check_value(name, get(config, name), f.metadata)
+    if config.seed >= 2**32:
+        raise UserError(f"seed={config.seed}: NumPy's seeds are below {2**32}")
     if config.train.max_steps == 0 and config.train.epochs == 0:
         raise UserError("train.max_steps and train.epochs are both 0: set one of them")
     if config.data.format == "prompt-response" and "{" not in config.data.prompt_template:

@@ -152,6 +152,7 @@ def test_the_saved_config_loads_again_to_the_same_config(tmp_path, load, value):
         ("=3", ["'=3'", "key=value"]),
         ("train..max_steps=3", ["train.", "unknown key"]),
         ("seed=${nope}", ["seed", "nope"]),
+        ("seed=4294967296", ["seed=4294967296", "below"]),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_key_and_the_remedy(load, override, parts):
