@@ -6,6 +6,7 @@ What is inside belongs to the project; here is what makes a folder that exists a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ class Checkpoints:
 
     def __init__(self, root: Path, keep: int, identity: dict):
         self.root, self.keep, self.identity = root, keep, identity
+        self._went_on_from, self._written = math.inf, set()
 
     def writing(self, step: int) -> Path:
         """Where a checkpoint is written until it is committed."""
@@ -55,7 +57,8 @@ class Checkpoints:
     def commit(self, step: int) -> Path:
         """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
 
-        Checkpoints of later steps are dropped as well: the run went on from an earlier one, or was started anew.
+        Those of steps that this run did not come by are dropped as well: it went on from an earlier one, or was started
+        anew, and they belong to another course.
         """
         folder, final = self.writing(step), self.root / f"step-{step:08d}"
         files = _fingerprints(folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
@@ -68,10 +71,11 @@ class Checkpoints:
             shutil.rmtree(final)
         folder.rename(final)
         _to_disk(self.root)  # the new one is safe before an old one goes
-        found = self._all()
-        later = sum(at > step for at, _ in found)
-        for _, old in found[:later] + found[later + self.keep :]:
-            shutil.rmtree(old)
+        self._written.add(step)
+        ours = [at for at, _ in self.all() if at <= step and (at in self._written or at <= self._went_on_from)]
+        for at, old in self.all():
+            if at not in ours[: self.keep]:
+                shutil.rmtree(old)
         return final
 
     def find(self, resume: str) -> tuple[int, Path] | None:
@@ -80,6 +84,11 @@ class Checkpoints:
         `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` where all are damaged, for
         a path that is no whole checkpoint, and for a checkpoint of another model or other data.
         """
+        found = self._find(resume)
+        self._went_on_from = found[0] if found else 0
+        return found
+
+    def _find(self, resume: str) -> tuple[int, Path] | None:
         if resume == "never":
             return None
         if resume != "auto":
@@ -87,19 +96,19 @@ class Checkpoints:
             if problem := damage(folder):
                 raise UserError(f"checkpoint.resume={resume}: {problem}")
             return self._checked(folder)
-        for _, folder in self._all():
+        for _, folder in self.all():
             if problem := damage(folder):
                 print(f"warning: {folder} is damaged and is passed over: {problem}", file=sys.stderr)
                 continue
             return self._checked(folder)
-        if self._all():
+        if self.all():
             raise UserError(
                 f"{self.root}: every checkpoint in it is damaged; set checkpoint.resume=never to start anew, "
                 f"or another output_dir"
             )
         return None
 
-    def _all(self) -> list[tuple[int, Path]]:
+    def all(self) -> list[tuple[int, Path]]:
         """(step, folder) of every checkpoint, the newest first."""
         matches = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.root.glob("step-*")]
         return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)

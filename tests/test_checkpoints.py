@@ -101,6 +101,17 @@ def test_a_run_that_took_an_earlier_course_keeps_what_it_writes(tmp_path, keep):
     assert checkpoints.find("auto")[0] == 10
 
 
+def test_one_that_goes_back_by_a_path_leaves_the_other_course_as_soon_as_it_has_saved(checkpoints):
+    write(checkpoints, 4, 8, 12)
+    back = Checkpoints(checkpoints.root, keep=3, identity=ID)
+    assert back.find(str(back.root / "step-00000004"))[0] == 4
+    assert steps_on_disk(back) == [4, 8, 12]  # as long as it has nothing better
+    write(back, 20)
+    assert steps_on_disk(back) == [4, 20]
+    write(back, 24, 28)
+    assert steps_on_disk(back) == [20, 24, 28]
+
+
 def truncate(folder: Path) -> None:
     path = folder / "training.pt"
     path.write_bytes(path.read_bytes()[:-1])
