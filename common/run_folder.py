@@ -178,7 +178,8 @@ class RunFolder:
         if self.cfg.hub.repo_id and status == "completed":
             push_to_hub(self.cfg, self.path, self.model)
         if self.cfg.hub.repo_id and self.cfg.hub.push_checkpoints:
-            newest = max(self.checkpoints.glob("step-*"))
+            # Another folder's where nothing was left to train from it on, such as that of a search's best trial.
+            newest = max(self.checkpoints.glob("step-*"), default=Path(self.cfg.checkpoint.resume))
             push_to_hub(self.cfg, self.path, newest, path_in_repo=f"checkpoints/{newest.name}")
 
     def summarize(self, status: str) -> dict:

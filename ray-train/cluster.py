@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,23 +43,28 @@ def ray_cluster() -> Iterator[dict[str, float]]:
         os.environ.setdefault(name, value)
     address, folder = joined(), None
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address:
-        _join(address, options)
-    else:
-        # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has at
-        # most 107 characters.
-        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ray.init(
-            address="local",
-            num_cpus=max(2, cores),  # two workers run on one core as well
-            num_gpus=torch.cuda.device_count(),
-            object_store_memory=OBJECT_STORE_BYTES,
-            # With the dashboard: Ray Train asks it for the state of the workers, and would wait half a minute for none.
-            _temp_dir=str(folder),
-            **options,
-        )
+    # Signals must stay with StopRequest's handlers, which Ray replaces.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        if address:
+            _join(address, options)
+        else:
+            # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has
+            # at most 107 characters.
+            folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            ray.init(
+                address="local",
+                num_cpus=max(2, cores),  # two workers run on one core as well
+                num_gpus=torch.cuda.device_count(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                # With the dashboard: Ray Train asks it for the state of the workers, and would wait half a minute for
+                # none.
+                _temp_dir=str(folder),
+                **options,
+            )
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         yield ray.cluster_resources()
     finally:
         started = psutil.Process().children(recursive=True) if folder else []

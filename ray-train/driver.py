@@ -89,12 +89,11 @@ def find_user_error(*errors: BaseException) -> UserError | None:
     return None
 
 
-def fit(trainer, cfg: BaseConfig, stop: StopFile, console: Path) -> str:
+def fit(trainer, request: StopRequest, stop: StopFile, console: Path) -> str:
     """Run `trainer` to its end; the signal that stopped it, or an empty text.
 
     Raises `UserError` for a worker's, and what Ray gives for any other failure.
     """
-    request = StopRequest(cfg.runtime)
     ended: list[BaseException | None] = []
 
     def run() -> None:

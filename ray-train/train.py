@@ -170,9 +170,9 @@ def report(folder: Path) -> None:
         ray.train.report({}, checkpoint=checkpoint, checkpoint_upload_mode=mode)
 
 
-def report_earlier(checkpoints: Path, first_step: int) -> None:
+def report_earlier(checkpoints: Checkpoints, first_step: int) -> None:
     """Tell Ray of the checkpoints that an earlier start left, so that it counts them; every rank calls this."""
-    there = [sorted(f for f in checkpoints.glob("step-*") if int(f.name[5:]) <= first_step)]
+    there = [[folder for step, folder in reversed(checkpoints.all()) if step <= first_step]]
     dist.broadcast_object_list(there)
     for folder in there[0]:
         report(folder)
@@ -201,8 +201,10 @@ def train_loop_per_worker(config: dict) -> None:
 def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: int, device: torch.device) -> None:
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     settings = engine_settings(ds_config, cfg, dtype, accumulation_steps(cfg, world_size))
-    if ray.train.get_checkpoint():  # Ray has started the workers again, in a run that has saved already
-        cfg.checkpoint.resume = "auto"
+    if known := ray.train.get_checkpoint():  # Ray has started the workers again, in a run that has saved already
+        # The newest on the disk may be some that Ray has not heard of yet. But where the run went back to an earlier
+        # one by its path, it may be another course's.
+        cfg.checkpoint.resume = "auto" if cfg.checkpoint.resume in ("auto", "never") else known.path
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
     environment = runtime.describe_environment(world_size, reason) | {"nodes": [""] * world_size}
@@ -227,7 +229,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         schedule = lr_schedule(cfg, zero.optimizer, total_steps, first_step)
         shapes = models.empty_model(cfg.model)  # between steps, the engine's weights have no shape
         run.begin(shapes, device, dtype, first_step, total_steps, folder)
-        report_earlier(run.checkpoints, first_step)
+        report_earlier(checkpoints, first_step)
         if first_step == 0:
             run.log_evaluation(0, evaluate(engine, held_out, device))
 
@@ -277,6 +279,7 @@ def main() -> int:
         scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
         TorchTrainer(train_loop_per_worker, train_loop_config=config, scaling_config=scaling).fit()
         return 0
+    request = runtime.StopRequest(cfg.runtime)
     with ray_cluster() as resources:
         workers, use_gpu = place(cfg.ray.workers, resources)
         accumulation_steps(cfg, workers)  # refuses a global batch that cannot be split
@@ -298,7 +301,7 @@ def main() -> int:
                 callbacks=[Failures(console, cfg.ray.max_failures)],
             ),
         )
-        stopped_by = fit(trainer, cfg, stop, console)
+        stopped_by = fit(trainer, request, stop, console)
     return 128 + signal.Signals[stopped_by] if stopped_by else 0
 
 

@@ -48,31 +48,31 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
     options = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     # Tune's loop runs in this thread: signals must stay with StopRequest's handlers, which Ray replaces.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    if address:
-        _join(address, options)
-        placed = place(cfg, ray.cluster_resources())
-    else:
-        placed = place(cfg, this_machine())
-        if note.is_file():  # of a search that was killed; nobody else uses it, since a search locks its folder
-            shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
-        # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has at
-        # most 107 characters.
-        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        note.write_text(str(folder), encoding="utf-8")
-        ray.init(
-            address="local",
-            num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
-            num_gpus=torch.cuda.device_count(),
-            include_dashboard=False,  # Tune, unlike Ray Train, asks nothing of it
-            # The object store has Ray's own size, unlike ray-train's: the tokenized rows lie in it.
-            _temp_dir=str(folder),
-            **options,
-        )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    # No more trials than can run wait at Ray's door: of those, it takes any.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placed[0])
     try:
+        if address:
+            _join(address, options)
+            placed = place(cfg, ray.cluster_resources())
+        else:
+            placed = place(cfg, this_machine())
+            if note.is_file():  # of a search that was killed; nobody else uses it, since a search locks its folder
+                shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
+            # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has
+            # at most 107 characters.
+            folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+            note.write_text(str(folder), encoding="utf-8")
+            ray.init(
+                address="local",
+                num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
+                num_gpus=torch.cuda.device_count(),
+                include_dashboard=False,  # Tune, unlike Ray Train, asks nothing of it
+                # The object store has Ray's own size, unlike ray-train's: the tokenized rows lie in it.
+                _temp_dir=str(folder),
+                **options,
+            )
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        # No more trials than can run wait at Ray's door: of those, it takes any.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placed[0])
         yield placed
     finally:
         started = psutil.Process().children(recursive=True) if folder else []

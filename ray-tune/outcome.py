@@ -24,6 +24,8 @@ SAME = (*IDENTITY, "data.train_rows", "data.eval_rows", "train.micro_batch_size"
         "search.space", "search.trials", "search.algorithm", "search.scheduler", "search.grace_period",
         "search.reduction_factor", "search.gpus_per_trial")  # fmt: skip
 
+PLACE = "the folder that it was begun in"
+
 
 def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
     """A new search, or the one in the folder goes on. Raises `UserError` if that one was another."""
@@ -33,8 +35,12 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
         for name in ("identity.json", "spans.jsonl", "summary.json", "eval.json", "samples.md", "metrics.jsonl"):
             (root / name).unlink(missing_ok=True)
     path = root / "identity.json"
-    ours = {name: get(cfg, name) for name in SAME} | {"the training data's fingerprint": data_fingerprint}
-    for name, theirs in read_json(path).items():
+    begun = read_json(path)
+    ours = {name: get(cfg, name) for name in SAME} | {
+        "the training data's fingerprint": data_fingerprint,
+        PLACE: begun.get(PLACE, str(root)),
+    }
+    for name, theirs in begun.items():
         if ours[name] != theirs:
             raise UserError(
                 f"{name} is {ours[name]}, but the search in {root} was begun with {theirs}: set it back, choose "
@@ -44,19 +50,31 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
     save_config(cfg, root / "config.yaml")
 
 
+def check_place(root: Path) -> None:
+    """Raise `UserError` where an unfinished search was moved or copied: Ray's record of it names its first folder."""
+    begun = read_json(root / "identity.json")[PLACE]
+    if begun != str(root):
+        raise UserError(
+            f"output_dir={root}: this search was begun in {begun} and goes on there only: move it back, or set "
+            f"checkpoint.resume=never to start anew"
+        )
+
+
 def final_run(cfg: BaseConfig, winner: Record) -> BaseConfig:
     """The settings of the run that ends the search: the best trial's, from its checkpoint, in the search's folder."""
     final = copy.deepcopy(cfg)
     final.train = space.with_parameters(cfg, winner.parameters)
+    saved = sorted((winner.folder / "checkpoints").glob("step-*"))
     if any((Path(cfg.output_dir) / "checkpoints").glob("step-*")):
         final.checkpoint.resume = "auto"  # it had begun, and was stopped
     else:
-        saved = sorted((winner.folder / "checkpoints").glob("step-*"))
         final.checkpoint.resume = str(saved[-1]) if saved else "never"
     if winner.status == "completed":
         final.tracking.backend = "none"  # its curve is its trial's
     values = ", ".join(f"{name}={_short(value)}" for name, value in winner.parameters.items())
     what = "it reached the full budget" if winner.status == "completed" else "it is trained on to the full budget"
+    if not saved:  # it gave way to another trial's, whose stop could be decided only later
+        what = "it is trained once more, for its checkpoint is gone"
     print(f"\nBest: {winner.name} ({values}); {what}")
     return final
 
@@ -81,7 +99,10 @@ def all_failed(cfg: BaseConfig, project: str, trials: Trials) -> UserError:
     """No trial came to a result: the error to raise."""
     _without_model(project, "failed", trials)
     first = next(record for record in trials.read_all() if record.error)
-    return UserError(f"all {cfg.search.trials} trials failed. {first.name}: {first.error}")
+    return UserError(
+        f"all {cfg.search.trials} trials failed. {first.name}: {first.error}. To try again, set "
+        f"checkpoint.resume=never as well"
+    )
 
 
 def _without_model(project: str, status: str, trials: Trials) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ray import tune
@@ -97,6 +98,8 @@ def _typed(cfg: BaseConfig, name: str, value: Any, where: str) -> Any:
     if isinstance(value, bool) or (kind is int and typed != value) or (kind is str and not isinstance(value, str)):
         raise UserError(f"{where}: {value!r} is no {kind.__name__}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if kind is float and not math.isfinite(typed):
+        raise UserError(f"{where}: {value} is no number that can be drawn")
     if choices and typed not in choices:
         raise UserError(f"{where}: {value} is not one of {', '.join(choices)}")
     if minimum is not None and typed < minimum:

@@ -190,7 +190,8 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
                 seconds=time.perf_counter() - clock,
             )
             stopping, result = stop.reason, {}
-            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0 and not stopping):
+            # Also where the run is to stop: it goes on behind this step, and a rung needs the loss.
+            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
                 result = {"step": step, "eval_loss": evaluate(model, held_out, device, dtype)}
                 runtime.check_finite(step, result["eval_loss"], 0)
                 run.log_evaluation(**result)
@@ -309,6 +310,7 @@ def run_trials(
     trainable = tune.with_resources(trainable, {"cpu": 1, "gpu": gpu_share})
     experiment = str(trials.root.parent / "tune")
     if tune.Tuner.can_restore(experiment):
+        outcome.check_place(trials.root.parent)
         tuner = tune.Tuner.restore(experiment, trainable, param_space=domains)
     else:
         default = [space.default_parameters(cfg)]

@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +36,7 @@ from transformers import AutoModelForCausalLM
 from wandb_log import history, read_wandb
 
 from bench.shares import RAY
-from common import models
+from common import models, ray_address
 from common.config import load_config
 
 PROJECT = "ray-train"
@@ -189,6 +192,32 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_other_course(undisturbed, tmp_path):
+    """Before this run has saved, and after; it goes on from step 16 with another learning rate, 20 being there too."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints/step-00000018-mine").mkdir()  # a user's own copy
+    settings = [*RESUME, f"checkpoint.resume={tmp_path}/checkpoints/step-00000016", "train.learning_rate=1e-4",
+                "train.max_steps=240", "checkpoint.every=12", "checkpoint.keep=3"]  # fmt: skip
+    process = start(PROJECT, *settings, f"output_dir={tmp_path}", **RAY)
+    noted = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"  # what Ray has heard of
+    for step, saved in ((22, 16), (30, 24)):
+        wait_for_step(process, tmp_path, step, seconds=280)
+        while not (noted.exists() and f"step-{saved:08d}" in noted.read_text()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        workers = workers_of(process)
+        workers[0].kill()
+        psutil.wait_procs(workers)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    *first, last = map(int, re.findall(r"Going on from the checkpoint of step (\d+)", output))
+    assert first == [16, 16] and last >= 24 and last % 12 == 0
+    left = ("00000018-mine", "00000216", "00000228", "00000240")
+    assert checkpoints_of(tmp_path) == [f"step-{name}" for name in left]
+    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 241))
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
     process = start(PROJECT, *settings, **RAY, HF_TOKEN=TOKEN)
@@ -291,7 +320,7 @@ def test_a_mistake_ends_in_one_line_and_is_not_tried_again(tmp_path, mistake):
     assert "starts all workers again" not in output and not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_what_is_wrong_is_found_before_workers_start(modules, tmp_path):
+def test_what_is_wrong_is_found_before_workers_start(modules, tmp_path, monkeypatch):
     place, driver = modules["cluster"].place, modules["driver"]
     assert place(0, {"CPU": 8.0, "GPU": 4.0}) == (4, True) and place(0, {"CPU": 8.0}) == (2, False)
     assert place(3, {"CPU": 1.0, "GPU": 3.0}) == (3, True)
@@ -299,6 +328,16 @@ def test_what_is_wrong_is_found_before_workers_start(modules, tmp_path):
         place(5, {"CPU": 64.0, "GPU": 4.0})
     with refused("RAY_ADDRESS=ray://10.0.0.1:10001", "HOST:6379"):
         modules["cluster"]._join("ray://10.0.0.1:10001", {})
+    monkeypatch.setattr(ray_address, "ANSWER_SECONDS", 4)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # it listens, and is no cluster
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with refused(f"RAY_ADDRESS={address}", "silent for 4 seconds", "ray start --head"):
+            modules["cluster"]._join(address, {})
+    mismatch = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.1\nThis process:\n    Ray: 2.60"
+    )
+    assert "Ray: 2.1 This process: Ray: 2.60" in str(ray_address.not_joined("10.0.0.1:6379", mismatch))
+    assert "RuntimeError" in str(ray_address.not_joined("10.0.0.1:6379", RuntimeError()))
     cfg = modules["train"].Config(output_dir="/proc/nowhere")
     with refused("output_dir=/proc/nowhere", "cannot be written"):
         driver.open_run_folder(cfg)

@@ -388,9 +388,37 @@ def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
 
     settings = ["search.trials=2", "train.learning_rate=1.0e+30", f"output_dir={tmp_path}/all"]
     line = error_line(run(PROJECT, *QUICK, *settings, config=every, exit_code=2))
-    assert "all 2 trials failed. trial-000: the loss of step" in line
+    assert "all 2 trials failed. trial-000: the loss of step" in line and "checkpoint.resume=never" in line
     assert json.loads((tmp_path / "all/summary.json").read_text())["status"] == "failed"
     assert not (tmp_path / "all/model").exists() and not checkpoints(tmp_path / "all")
+
+
+class StopAt:
+    """A request to stop that comes while the run in `folder` makes optimizer step `step`."""
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+
+    @property
+    def reason(self) -> str | None:
+        return "asked to" if metrics(self.folder)[-1]["step"] == self.step else None
+
+
+def test_a_trial_that_stops_at_an_evaluation_has_its_loss_when_it_goes_on(modules, tmp_path):
+    """Else a rung at that step would compare a later loss, and the search would have another outcome."""
+    train = modules["train"]
+
+    def held_out_losses(folder: Path, stop_at: int = 0) -> dict[int, float]:
+        cfg = load_config(train.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"output_dir={folder}"])
+        tokenizer = models.load_tokenizer(cfg.model)
+        for _ in train.train(cfg, tokenizer, *train.build_dataloaders(cfg, tokenizer), StopAt(folder, stop_at), True):
+            pass
+        return held_out(folder)
+
+    undisturbed = held_out_losses(tmp_path / "whole")
+    assert list(undisturbed) == [0, 4, 8, 12]
+    assert held_out_losses(tmp_path / "stopped", stop_at=8) == {step: undisturbed[step] for step in (0, 4, 8)}
+    assert held_out_losses(tmp_path / "stopped") == undisturbed
 
 
 def curve(*values: float) -> dict[int, float]:
@@ -495,6 +523,7 @@ MISTAKES = {
         ["search.space={learning_rate: {log_uniform: [0, 0.1]}}"], "", ["search.space.learning_rate", "above 0"],
     ),
     "fractions": (["search.space={warmup_steps: {uniform: [0, 9]}}"], "", ["search.space.warmup_steps", "choice"]),
+    "endless": (["search.space={weight_decay: {uniform: [0, .inf]}}"], "", ["search.space.weight_decay", "inf"]),
     "too small": (["search.space={weight_decay: {uniform: [-1, 1]}}"], "", ["search.space.weight_decay", "least is 0"]),
     "not a number": (["search.space={weight_decay: {choice: [much]}}"], "", ["weight_decay", "'much' is no float"]),
     "micro-batch": (["search.space={micro_batch_size: {choice: [8, 3]}}"], "", ["micro_batch_size: 3 does not divide"]),
@@ -585,6 +614,11 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     with refused("training data", "checkpoint.resume=never"):
         begin(cfg, tmp_path, "other")
     begin(load_config(*config, [f"output_dir={tmp_path}", "seed=1", "checkpoint.resume=never"]), tmp_path, "abc")
+    modules["outcome"].check_place(tmp_path)
+    moved = shutil.copytree(tmp_path, tmp_path / "moved")
+    begin(load_config(*config, [f"output_dir={moved}", "seed=1"]), moved, "abc")  # of use, if no trial has to go on
+    with refused(f"output_dir={moved}", f"begun in {tmp_path}", "move it back"):
+        modules["outcome"].check_place(moved)
     with modules["trials"].lock(tmp_path / ".lock", 0, ""):
         line = error_line(run(PROJECT, f"output_dir={tmp_path}", exit_code=2))
         assert "another search runs in it" in line
