@@ -71,4 +71,4 @@ bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png
-	@$(RUN) python -m common.report $(or $(RUNS),$(dir $(wildcard runs/*/*/summary.json)))
+	@$(RUN) python -m common.report $(or $(RUNS),$(dir $(wildcard runs/*/summary.json runs/*/*/summary.json)))

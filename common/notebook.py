@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,14 +91,18 @@ def _is_there(requirement: str) -> bool:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, memory and compute capability of each GPU, as the driver tells them."""
-    keys = ("name", "memory", "capability")
+    """Name, memory and compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, as the driver tells them."""
+    keys = ("index", "uuid", "name", "memory", "capability")
     try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+        query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader"]
         lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines]
+    found = [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines]
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return found
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return [gpu for gpu in found if any(gpu["index"] == name or gpu["uuid"].startswith(name) for name in names)]
 
 
 def processes() -> int:
@@ -157,12 +162,15 @@ def earlier_checkpoint(project: str, run: Path) -> list[str]:
 
 
 def launch(project: str, config: str, *settings: str) -> None:
-    """Start the project's launch.sh and show what it prints. Raises `CellFailed` if the training fails."""
+    """Start the project's launch.sh and show what it prints. Of equal keys in `settings` the last one counts.
+
+    Raises `CellFailed` if the training fails.
+    """
     _show([f"{project}/launch.sh", "--config", config, *settings])
 
 
 def evaluate(project: str, config: str, *settings: str) -> None:
-    """Start the project's eval.py on all GPUs, or on two CPU processes. Raises `CellFailed` if it fails."""
+    """Start the project's eval.py on all GPUs, or on two CPU processes; `settings` and errors as in `launch`."""
     launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes())]
     share = ["common/gpu_share.py"] if gpus() and os.environ.get("GPU_SHARES") else []
     _show([*launcher, *share, f"{project}/eval.py", "--config", config, *settings], quiet=True)
@@ -172,6 +180,8 @@ def _show(command: list[str], quiet: bool = False) -> None:
     """Run `command`: a progress bar stays in one place; lines are printed, if `quiet` only where the command fails."""
     from IPython.display import display
 
+    if len(folders := [word for word in command if word.startswith("output_dir=")]) > 1:
+        raise CellFailed(f"{folders[-1]} in SETTINGS: set RUN in its place, which the cells below read too")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MPLBACKEND", None)  # the notebook's own, which another environment does not have
     for name, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", REPOSITORY)):
@@ -180,6 +190,8 @@ def _show(command: list[str], quiet: bool = False) -> None:
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     bar, printed, began = None, [], time.monotonic()
+    # Where the cell is interrupted, the launcher got the signal too, and what it says from then on is wanted.
+    interrupted = signal.signal(signal.SIGINT, lambda *_: print("stopping: the run saves a checkpoint ...", flush=True))
     try:
         for line, is_complete in _lines(process):
             if not line.strip() and not (is_complete and printed and printed[-1]):
@@ -194,9 +206,10 @@ def _show(command: list[str], quiet: bool = False) -> None:
                 printed.append(line)
                 if not quiet:
                     print(line, flush=True)
-    except KeyboardInterrupt:  # the launcher got the signal too, and saves a checkpoint
-        print("stopping: the run saves a checkpoint ...", flush=True)
-    if code := process.wait():
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+    if code:
         if quiet:
             print(*printed, sep="\n")
         errors = [line for line in printed if line.startswith("error:")]
@@ -250,19 +263,19 @@ def show_measured(project: str) -> None:
     """What was measured on other settings: the tables of the project's README, from the records in results/."""
     from IPython.display import Markdown, display
 
-    from common.results import BLOCKS, block
+    from common.results import tables
 
-    names = [name for name in BLOCKS if name.split()[0] == project and not name.endswith("headline")]
-    for name in names:
-        display(Markdown(block(name, REPOSITORY / "results")))
-    if not names:
-        print("Nothing yet: this project was not measured on GPUs so far.")
+    measured = tables(project, REPOSITORY / "results")
+    for table in measured:
+        display(Markdown(table))
+    if not measured:
+        print("No table yet: the project's README says what was measured so far.")
 
 
 def keep(run: Path, project: str) -> None:
     """Say what the run left. On Kaggle, copy what the session keeps: the model, or a checkpoint to go on from."""
-    summary = json.loads((run / "summary.json").read_text())
-    completed = summary["status"] == "completed"
+    summary = run / "summary.json"  # an evaluation of another session's model leaves none
+    completed = not summary.exists() or json.loads(summary.read_text())["status"] == "completed"
     target = run
     if (KAGGLE / "working").is_dir():
         target = KAGGLE / "working" / project
@@ -271,7 +284,9 @@ def keep(run: Path, project: str) -> None:
     for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
         print(f"{math.ceil(_bytes(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
     print(f"in {target}")
-    if not completed and (target / "checkpoints").is_dir():
+    if not completed and target == run:
+        print("The run is not complete: run the training's cell again, and it goes on.")
+    elif not completed and (target / "checkpoints").is_dir():
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
     elif not completed:
         print("The run is not complete, and what it would go on from is too large to keep: train on in this session.")
@@ -335,6 +350,9 @@ def show_samples(run: Path, count: int) -> None:
     from IPython.display import HTML, display
 
     samples = json.loads((run / "eval.json").read_text())["samples"][:count]
+    if not samples:
+        print("none: eval.samples=0")
+        return
     columns = list(samples[0])
     style = "text-align: left; vertical-align: top; overflow-wrap: anywhere; width: 25%"
     rows = [[" ".join(sample[column].split()) or "(blank)" for column in columns] for sample in samples]

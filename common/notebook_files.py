@@ -2,6 +2,7 @@
 
 A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
 it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
+The tables of what was measured are always those of `results/`.
 What all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a
 REVISION, a commit or a tag, the notebooks fetch that one from now on; the outputs stay. `--check` changes nothing and
 fails where a file is out of date.
@@ -21,7 +22,9 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
+from common.results import tables
 
+MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
@@ -51,6 +54,12 @@ def notebook(text: str, old: str | None) -> str:
         cell.id = f"cell-{number}"  # not a random one: equal sources make equal files
         if cell.cell_type == "code" and (known := outputs.get(_without_origin(cell.source))):
             cell.outputs, cell.execution_count = known.outputs, known.execution_count
+            shown = MEASURED.match(cell.source) if cell.outputs else None
+            if shown and (found := tables(shown[1], REPOSITORY / "results")):
+                cell.outputs = [
+                    nbformat.v4.new_output("display_data", {"text/markdown": table, "text/plain": "a table"})
+                    for table in found
+                ]
     made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
     return nbformat.writes(made, version=4) + "\n"
 

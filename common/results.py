@@ -398,6 +398,11 @@ def block(name: str, results: Path) -> str:
     return make(results / name.split()[0], *names)
 
 
+def tables(project: str, results: Path) -> list[str]:
+    """All that was measured of a project, but for its line in the main README."""
+    return [block(name, results) for name in BLOCKS if name.split()[0] == project and not name.endswith("headline")]
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every block made anew."""
 

@@ -3,7 +3,9 @@
 import ast
 import html
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,12 +116,12 @@ def shown(found: nbformat.NotebookNode) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
 def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, project):
-    """Only the number of steps, and of trials, is changed."""
+    """Only the number of steps, and of trials, is changed; and the newest checkpoint is uploaded too."""
     steps = STEPS.get(project, 3)
     processes = PROCESSES.get(project, 2)
     variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": str(processes)}
     run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
-    settings = [f"train.max_steps={steps}", *TRIALS.get(project, [])]
+    settings = [f"train.max_steps={steps}", "hub.push_checkpoints=true", *TRIALS.get(project, [])]
     edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
     trained = execute(folder / "train.ipynb", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], folder, **variables)
     summary = json.loads((run / "summary.json").read_text())
@@ -136,6 +138,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
             AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in (run / "model", uploaded)
         )
     assert torch.equal(ours, theirs)
+    assert (uploaded / f"checkpoints/step-{steps:08d}").is_dir()
     card = (uploaded / "README.md").read_text()
     assert names["model"]["name"] in card and names["data"]["name"] in card
     if project == "llm-foundry-finetune":  # the text that a question is about, where it has one, is in the prompt
@@ -252,7 +255,8 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
     assert (kept / "model/model.safetensors").is_file() and not (kept / "checkpoints").exists()
     assert (run / "checkpoints/step-00000004").is_dir()  # too large to keep, and not needed
 
-    output, _, run = session(3, "eval")
+    output, kept, run = session(3, "eval")
+    assert {"eval.json", "samples.md", "plots"} <= {path.name for path in kept.iterdir()}
     results = json.loads((run / "eval.json").read_text())
     assert results["fine_tuned"]["model"].endswith("/input/earlier/pytorch-ddp/model")
     assert f"{results['fine_tuned']['loss']:.4f}" in output
@@ -271,6 +275,51 @@ def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
             "name one, such as pytorch-ddp/notebooks/train.py"
         )
     assert ipynb.read_bytes() == unchanged
+
+
+def test_an_interrupted_cell_shows_what_the_launcher_says_until_its_end(tmp_path):
+    child = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: (print("saved", flush=True), sys.exit(130)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+    cell = f"import sys; from common import notebook; notebook._show([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", cell],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # as Jupyter does
+    output, errors = process.communicate(timeout=60)
+    assert sorted(output.splitlines()) == ["saved", "stopping: the run saves a checkpoint ..."]
+    assert "CellFailed" in errors and "exit code 130" in errors and "KeyboardInterrupt" not in errors
+
+
+def test_a_run_folder_in_the_settings_is_refused_for_the_cells_below_read_another():
+    with pytest.raises(notebook.CellFailed, match="output_dir=mine in SETTINGS: set RUN"):
+        notebook.launch("pytorch-ddp", "smoke.yaml", "output_dir=runs/first", "output_dir=mine")
+
+
+def test_only_the_gpus_that_cuda_sees_are_counted(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i$i$i, Tesla T4, 15360 MiB, 7.5; done\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
+    for visible, count in ((None, 2), ("0,1", 2), ("1", 1), ("GPU-111", 1), ("", 0)):
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert len(notebook.gpus()) == count and notebook.processes() == (count or 2)
+    assert notebook.gpus() == []
+
+
+def test_an_evaluation_without_samples_shows_none(tmp_path, capsys):
+    (tmp_path / "eval.json").write_text('{"samples": []}')
+    notebook.show_samples(tmp_path, count=4)
+    assert "eval.samples=0" in capsys.readouterr().out
 
 
 def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys):
@@ -300,6 +349,12 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
     kept.rename(tmp_path / "input/pytorch-ddp")
     assert notebook.training_run("pytorch-ddp", run) == run  # this session's own comes first
     assert notebook.find_model("pytorch-ddp", tmp_path / "new") == [f"eval.model={tmp_path}/input/pytorch-ddp/model"]
+    evaluated = notebook.runs_folder() / "evaluated"  # of another session's model
+    evaluated.mkdir()
+    (evaluated / "eval.json").write_text("{}")
+    capsys.readouterr()
+    notebook.keep(evaluated, "pytorch-fsdp")
+    assert (tmp_path / "working/pytorch-fsdp/eval.json").is_file() and "not complete" not in capsys.readouterr().out
     search = notebook.runs_folder() / "ray-tune"  # its trials are no run's checkpoints
     (search / "trials").mkdir(parents=True)
     (search / "summary.json").write_text('{"status": "interrupted"}')

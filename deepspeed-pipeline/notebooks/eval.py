@@ -20,13 +20,14 @@ from pathlib import Path
 
 CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
-here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
+folders = (Path.cwd(), *Path.cwd().parents)
+here = next((folder for folder in folders if (folder / "common/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
     scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
     here = Path(scratch, "multi-gpu-fine-tuning").resolve()
-    if not here.is_dir():
-        subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
-    subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
+    subprocess.run(["git", "init", "--quiet", here], check=True)
+    subprocess.run(["git", "-C", here, "fetch", "--quiet", "--depth=1", CODE, REVISION], check=True)
+    subprocess.run(["git", "-C", here, "checkout", "--quiet", "FETCH_HEAD"], check=True)
 sys.path.insert(0, str(here))
 
 from common import notebook
@@ -49,7 +50,7 @@ RUN = notebook.runs_folder() / "deepspeed-pipeline"
 # %%
 notebook.use_secrets("HF_TOKEN")
 model = notebook.find_model("deepspeed-pipeline", RUN, MODEL)
-notebook.evaluate("deepspeed-pipeline", CONFIG, *SETTINGS, f"output_dir={RUN}", *model)
+notebook.evaluate("deepspeed-pipeline", CONFIG, f"output_dir={RUN}", *model, *SETTINGS)
 
 # %% [markdown]
 # ## Figures
@@ -68,3 +69,11 @@ notebook.show_evaluation(RUN)
 
 # %%
 notebook.show_samples(RUN, count=4)
+
+# %% [markdown]
+# ## What is kept
+#
+# On Kaggle the figures, samples and plots are copied to what is kept when the session ends.
+
+# %%
+notebook.keep(RUN, "deepspeed-pipeline")

@@ -25,13 +25,14 @@ from pathlib import Path
 
 CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
-here = next((folder for folder in Path.cwd().parents if (folder / "common/notebook.py").is_file()), None)
+folders = (Path.cwd(), *Path.cwd().parents)
+here = next((folder for folder in folders if (folder / "common/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
     scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
     here = Path(scratch, "multi-gpu-fine-tuning").resolve()
-    if not here.is_dir():
-        subprocess.run(["git", "clone", "--quiet", CODE, here], check=True)
-    subprocess.run(["git", "-C", here, "checkout", "--quiet", REVISION], check=True)
+    subprocess.run(["git", "init", "--quiet", here], check=True)
+    subprocess.run(["git", "-C", here, "fetch", "--quiet", "--depth=1", CODE, REVISION], check=True)
+    subprocess.run(["git", "-C", here, "checkout", "--quiet", "FETCH_HEAD"], check=True)
 sys.path.insert(0, str(here))
 
 from common import notebook
@@ -77,8 +78,9 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # the cell fails.
 
 # %%
-settings = [*SETTINGS, f"hub.repo_id={HUB_REPOSITORY}", f"output_dir={RUN}"]
-notebook.launch("deepspeed-pipeline", CONFIG, *settings, *notebook.earlier_checkpoint("deepspeed-pipeline", RUN))
+settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]
+settings += notebook.earlier_checkpoint("deepspeed-pipeline", RUN)
+notebook.launch("deepspeed-pipeline", CONFIG, *settings, *SETTINGS)
 
 # %% [markdown]
 # ## What came out
