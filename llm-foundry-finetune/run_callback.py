@@ -82,6 +82,12 @@ class RunFolderCallback(Callback):
     def after_load(self, state: State, logger: Logger) -> None:
         """The model is built and a checkpoint, if there is one, is read."""
         self.state = state
+        # A completed run's checkpoint stands at the start of another pass over the file, which was all used. A longer
+        # run's file begins with the same rows: it goes on behind those, in the first pass.
+        done = state.timestamp
+        state.timestamp = done.copy(
+            epoch=0, batch_in_epoch=done.batch, sample_in_epoch=done.sample, token_in_epoch=done.token
+        )
         self.begin(state.model.model)
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -129,9 +135,10 @@ class RunFolderCallback(Callback):
         stopping = state.device.tensor_to_device(stopping)
         dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
         every = self.cfg.checkpoint.every
-        if step < self.total_steps and (stopping or (every and step % every == 0)):  # the last one: see train.py
-            self.save(step, state)
-        if stopping:
-            state.evaluators = []  # Composer would evaluate once more at its end
-            state.stop_training()
+        if step < self.total_steps:  # after the last one the run is complete: see train.py
+            if stopping or (every and step % every == 0):
+                self.save(step, state)
+            if stopping:
+                state.evaluators = []  # Composer would evaluate once more at its end
+                state.stop_training()
         self._clock = time.perf_counter()
