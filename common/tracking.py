@@ -288,7 +288,7 @@ class WandbBackend:
             dir=str(self._run_dir),
             id=_saved_run_id(self._run_dir, "wandb") or secrets.token_hex(4),
             resume="allow",
-            mode=None if has_key or os.environ.get("WANDB_MODE") else "offline",
+            mode=os.environ.get("WANDB_MODE") or (None if has_key else "offline"),  # 0.18 overlooks it
             settings=quiet,
         )
         _save_run_id(self._run_dir, "wandb", self._run.id)
