@@ -44,4 +44,6 @@ if ! wait $build; then
     echo "error: $environment could not be built: ${reason:-$(tail -n 1 "$log")} (all of it: $log)" >&2
     exit 2
 fi
+# `common` is found by whatever is started with this environment's Python, not by launch.sh alone.
+echo "$PWD" >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"
 touch "$environment/ready"
