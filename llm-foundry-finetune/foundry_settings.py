@@ -14,18 +14,33 @@ from settings import Config
 
 from common.errors import UserError
 
-# Where Foundry has the settings that config.yaml owns. A number written there would leave the other file's without
-# effect, and the run folder's config.yaml untrue.
+# Where Foundry has what config.yaml owns, and what follows from that. Another value there would leave the other file's
+# without effect, and the run folder's config.yaml untrue.
 OWNED = {
-    "max_seq_len": "variables.data.max_length",
-    "train_loader.dataset.max_seq_len": "variables.data.max_length",
-    "global_train_batch_size": "variables.train.global_batch_size",
-    "device_train_microbatch_size": "variables.train.micro_batch_size",
-    "device_eval_batch_size": "variables.eval.batch_size",
-    "optimizer.lr": "variables.train.learning_rate",
-    "max_duration": "variables.run.total_steps",
-    "seed": "variables.seed",
-    "load_path": "variables.run.checkpoint",
+    "max_seq_len": "${variables.data.max_length}",
+    "model.pretrained_model_name_or_path": "${variables.run.model}",
+    "model.pretrained": "${variables.run.pretrained}",
+    "tokenizer.name": "${variables.run.tokenizer}",
+    "tokenizer.kwargs.model_max_length": "${variables.data.max_length}",
+    "train_loader.dataset.hf_kwargs.data_files": "${variables.run.train_file}",
+    "train_loader.dataset.max_seq_len": "${variables.data.max_length}",
+    "train_loader.dataset.packing_ratio": "${variables.run.packing_ratio}",
+    "eval_loader.dataset.hf_kwargs.data_files": "${variables.run.eval_file}",
+    "eval_loader.dataset.max_seq_len": "${variables.data.max_length}",
+    "global_train_batch_size": "${variables.train.global_batch_size}",
+    "device_train_microbatch_size": "${variables.train.micro_batch_size}",
+    "device_eval_batch_size": "${variables.eval.batch_size}",
+    "optimizer.lr": "${variables.train.learning_rate}",
+    "optimizer.weight_decay": "${variables.run.decoupled_weight_decay}",
+    "scheduler": "${variables.schedules.${variables.train.lr_schedule}}",
+    "max_duration": "${variables.run.total_steps}ba",
+    "eval_interval": "${variables.run.eval_interval}",
+    "seed": "${variables.seed}",
+    "precision": "${variables.precisions.${variables.run.dtype}}",
+    "dist_timeout": "${variables.run.timeout_seconds}",
+    "fsdp_config.activation_checkpointing": "${variables.train.activation_checkpointing}",
+    "load_path": "${variables.run.checkpoint}",
+    "callbacks.gradient_norm.max_norm": "${variables.train.max_grad_norm}",
 }
 NEEDED = ("callbacks.gradient_norm", "callbacks.run_folder")
 
@@ -55,7 +70,11 @@ def read_settings(cfg: Config) -> DictConfig:
             near = difflib.get_close_matches(str(name), known, n=1)
             raise UserError(f"{path}: LLM Foundry has no key {name}" + (f": did you mean {near[0]}?" if near else ""))
     for name in NEEDED:
-        if OmegaConf.select(settings, name) is None:
+        try:
+            found = OmegaConf.select(settings, name)
+        except OmegaConfBaseException:  # there is no section to look in
+            found = None
+        if found is None:
             raise UserError(f"{path}: {name} is missing: copy it from this project's foundry.yaml")
     return settings
 
@@ -66,18 +85,20 @@ def write_settings(cfg: Config, settings: DictConfig, values: dict[str, Any], ta
     Raises `UserError` for `${variables…}` that do not exist and for a number where config.yaml's must stand.
     """
     common = OmegaConf.to_container(OmegaConf.structured(cfg))
-    settings = OmegaConf.merge(settings, {"variables": common | {"run": values}})
     try:
-        OmegaConf.to_container(settings, resolve=True)
-    except OmegaConfBaseException as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"foundry.file={cfg.foundry.file}: {error.full_key or '?'}: {problem}") from None
-    for name, owner in OWNED.items():
-        ours, theirs = OmegaConf.select(settings, owner), OmegaConf.select(settings, name)
-        if str(theirs).removesuffix("ba") != str(ours):
+        settings = OmegaConf.merge(settings, {"variables": common | {"run": values}})
+        resolved = OmegaConf.to_container(OmegaConf.merge(settings, {"owned": OWNED}), resolve=True)
+    except (OmegaConfBaseException, TypeError) as error:  # the latter, where `variables` holds no keys
+        problem, name = str(error).splitlines()[0], getattr(error, "full_key", None) or "variables"
+        raise UserError(f"foundry.file={cfg.foundry.file}: {name.removeprefix('owned.')}: {problem}") from None
+    for name, ours in resolved["owned"].items():
+        theirs = resolved
+        for part in name.split("."):
+            theirs = theirs.get(part) if isinstance(theirs, dict) else None
+        if theirs != ours:
             raise UserError(
                 f"foundry.file={cfg.foundry.file}: {name} is {theirs}, but config.yaml owns it ({ours}): write "
-                f"${{{owner}}} there, and set the value in config.yaml or on the command line"
+                f"{OWNED[name]} there, and set the value in config.yaml or on the command line"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(settings, target)
