@@ -96,6 +96,11 @@ def _line(prompt: str, response: str) -> str:
     return json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
 
 
+def read_line(row: dict[str, str]) -> dict[str, str]:
+    """What `_line` wrote; foundry.yaml names this function."""
+    return json.loads(row["text"])
+
+
 def main() -> None:
     cfg = parse_config(Config, __file__)
     folder = Path(cfg.output_dir) / "foundry"

@@ -14,9 +14,11 @@ stopped or killed goes on when the same command is given again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -32,11 +34,12 @@ from foundry_settings import read_settings, write_settings
 from llmfoundry import registry
 from llmfoundry.command_utils import train_from_yaml
 from llmfoundry.utils.exceptions import BaseContextualError
-from prepare_data import check_data_settings, prepare
+from prepare_data import Prepared, check_data_settings, prepare
 from run_callback import GradientNorm, RunFolderCallback
 from settings import PROJECT, Config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
 from common import errors, models, runtime
@@ -72,8 +75,22 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def build_model(cfg: Config, folder: Path) -> str:
-    """A folder with the model that Foundry is to build: the Hub's download, or the embedded model written to `folder`.
+@contextlib.contextmanager
+def in_place_of(folder: Path) -> Iterator[Path]:
+    """A new folder, which becomes `folder` at the end of the block; an error leaves the earlier one as it was."""
+    new = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
+    new.mkdir()
+    try:
+        yield new
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def build_model(cfg: Config, folder: Path) -> str | None:
+    """The folder with the model that Foundry is to build; None for an embedded one, which is written to `folder`.
 
     Only rank 0 calls this. Raises `UserError` where the model cannot be had: Foundry would meet that on all ranks.
     """
@@ -82,13 +99,15 @@ def build_model(cfg: Config, folder: Path) -> str:
         model = models.load_model(cfg.model, cfg.seed, dtype="auto")
     if embedded:
         model.save_pretrained(folder)
-        return str(folder)
+        return None
     if Path(cfg.model.name).is_dir():
         return str(Path(cfg.model.name).resolve())
     return str(Path(cached_file(cfg.model.name, "config.json", revision=cfg.model.revision, token=token())).parent)
 
 
-def foundry_variables(cfg: Config, model: str, prepared, dtype: torch.dtype, checkpoint: Path | None) -> dict:
+def foundry_variables(
+    cfg: Config, folder: Path, model: str | None, prepared: Prepared, dtype: torch.dtype, checkpoint: Path | None
+) -> dict:
     """What foundry.yaml takes as `variables.run`: what follows from the settings, the data and the machine."""
     architecture = models.load_model_config(cfg.model)
     without_dropout = {
@@ -99,14 +118,15 @@ def foundry_variables(cfg: Config, model: str, prepared, dtype: torch.dtype, che
     if checkpoint:  # a file, or several ranks' folder, which Composer named
         (checkpoint,) = (checkpoint / "composer").iterdir()
     return {
-        "model": model,
-        "tokenizer": str(prepared.train_file.parent / "tokenizer"),
+        "model": model or str(folder / "base-model"),
+        "tokenizer": str(folder / "tokenizer"),
         "pretrained": not cfg.model.random_weights or cfg.model.name.startswith("tiny:"),
         "init_device": "mixed" if dist.get_world_size() > 1 else "cpu",
         "config_overrides": without_dropout,
-        "train_file": str(prepared.train_file),
-        "eval_file": str(prepared.eval_file),
-        "cache": str(prepared.train_file.parent / "cache"),
+        "attention": "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]._supports_sdpa else "eager",
+        "train_file": str(folder / prepared.train_file.name),
+        "eval_file": str(folder / prepared.eval_file.name),
+        "cache": str(folder / "cache"),
         "packing_ratio": cfg.foundry.packing_ratio if cfg.foundry.packing_ratio > 1 else None,
         "dtype": next(name for name, of in runtime.DTYPES.items() if of == dtype),
         "total_steps": prepared.total_steps,
@@ -164,26 +184,24 @@ def train(cfg: Config) -> None:
         folder = run.path / "foundry"
         shared = [None]
         if rank == 0:  # the others wait, and get what it found
-            shutil.rmtree(folder, ignore_errors=True)
-            prepared = prepare(cfg, tokenizer, folder, world_size)
-            tokenizer.save_pretrained(folder / "tokenizer")
-            model = build_model(cfg, folder / "base-model")
-            same_run = identity(cfg, PROJECT, architecture, prepared.fingerprint) | {
-                "foundry.packing_ratio": cfg.foundry.packing_ratio,
-                "the number of processes": "one" if world_size == 1 else "several",
-            }
-            checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
-            shared = [(prepared, model, same_run, checkpoints.find(cfg.checkpoint.resume))]
+            with in_place_of(folder) as new:
+                prepared = prepare(cfg, tokenizer, new, world_size)
+                tokenizer.save_pretrained(new / "tokenizer")
+                model = build_model(cfg, new / "base-model")
+                same_run = identity(cfg, PROJECT, architecture, prepared.fingerprint) | {
+                    "foundry.packing_ratio": cfg.foundry.packing_ratio,
+                    "the number of processes": "one" if world_size == 1 else "several",
+                }
+                checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
+                first_step, checkpoint = checkpoints.find(cfg.checkpoint.resume) or (0, None)
+                values = foundry_variables(cfg, folder, model, prepared, dtype, checkpoint)
+                write_settings(cfg, settings, values, new / "foundry.yaml")
+            shared = [(prepared, same_run, first_step, checkpoint)]
         dist.broadcast_object_list(shared)
-        prepared, model, same_run, found = shared[0]
+        prepared, same_run, first_step, checkpoint = shared[0]
         if prepared.rows < 20_000:
             datasets.disable_progress_bars()
         checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
-        first_step, checkpoint = found or (0, None)
-        values = foundry_variables(cfg, model, prepared, dtype, checkpoint)
-        if rank == 0:
-            write_settings(cfg, settings, values, folder / "foundry.yaml")
-        dist.barrier()
 
         callback = RunFolderCallback(
             run,
