@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.config import BaseConfig
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
 # The loss scaler's keys, as a project's `known` has them.
 FP16 = {
@@ -120,3 +123,16 @@ def engine_settings(
         "bf16": {"enabled": dtype == torch.bfloat16},
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every step
     }
+
+
+def scaler_state(scaler: LossScalerBase) -> dict[str, Any]:
+    """What the loss scaler has learnt so far; empty unless the run is in fp16."""
+    learnt = {name: value for name, value in vars(scaler).items() if name.startswith(("cur_", "last_"))}
+    return learnt if scaler.dynamic else {}
+
+
+def restore_scaler(scaler: LossScalerBase, state: dict[str, Any]) -> None:
+    """Put back what `scaler_state` gave; a run that was not in fp16 so far begins with a new run's scale."""
+    # NOTE: earlier checkpoints of other precisions hold their scale, 1, with which gradients underflow fp16, unnoticed.
+    if scaler.dynamic and "cur_iter" in state:
+        vars(scaler).update(state)

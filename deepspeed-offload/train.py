@@ -34,6 +34,7 @@ from memory_plan import check_memory
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
+from common.ds_settings import restore_scaler, scaler_state
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
@@ -180,8 +181,8 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine) -> None:
         for name, tensor in state.items():
             torch.save(tensor, folder / f"{name}-{i}-{rank}.pt")
     if rank == 0:
-        scaler = {name: value for name, value in vars(zero.loss_scaler).items() if name.startswith(("cur_", "last_"))}
-        torch.save({"ranks": dist.get_world_size(), "steps": steps, "scaler": scaler}, folder / "training.pt")
+        saved = {"ranks": dist.get_world_size(), "steps": steps, "scaler": scaler_state(zero.loss_scaler)}
+        torch.save(saved, folder / "training.pt")
     dist.barrier()
     if rank == 0:
         checkpoints.commit(step)
@@ -204,7 +205,7 @@ def load_checkpoint(folder: Path, engine) -> None:
     if own_adam:
         replay_steps(zero.optimizer, steps)
     zero.update_lp_params()  # the weights on the GPU, from their masters
-    vars(zero.loss_scaler).update(saved["scaler"])
+    restore_scaler(zero.loss_scaler, saved["scaler"])
     rng = folder / f"rng-{dist.get_rank()}.pt"
     if rng.exists():
         runtime.set_rng_state(torch.load(rng, weights_only=True))

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
-from common.ds_settings import engine_settings
+from common.ds_settings import engine_settings, restore_scaler, scaler_state
 from common.hub import check_can_push
 from common.metrics import peak_gpu_gib
 from common.run_folder import RunFolder
@@ -184,8 +184,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine, model) -> None:
     torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
     steps = write_state(zero, model, folder / "state")
     if rank == 0:
-        scaler = {name: value for name, value in vars(zero.loss_scaler).items() if name.startswith(("cur_", "last_"))}
-        torch.save({"steps": steps, "scaler": scaler}, folder / "training.pt")
+        torch.save({"steps": steps, "scaler": scaler_state(zero.loss_scaler)}, folder / "training.pt")
     dist.barrier()
     if rank == 0:
         checkpoints.commit(step)
@@ -207,7 +206,7 @@ def load_checkpoint(folder: Path, engine, model) -> None:
             if kind in KINDS:
                 read_state(folder / "state", kind, piece.name, piece.of(part), piece.begin)
     zero.update_lp_params()  # the weights, from their masters
-    vars(zero.loss_scaler).update(saved["scaler"])
+    restore_scaler(zero.loss_scaler, saved["scaler"])
     rng = folder / f"rng-{dist.get_rank()}.pt"
     if rng.exists():
         runtime.set_rng_state(torch.load(rng, weights_only=True))

@@ -38,6 +38,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
+from common.ds_settings import restore_scaler, scaler_state
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
@@ -148,8 +149,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine) -> None:
     torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
     torch.save(own_parts(engine.module.model, zero), folder / f"parts-{rank}.pt")
     if rank == 0:
-        scaler = {name: value for name, value in vars(zero.loss_scaler).items() if name.startswith(("cur_", "last_"))}
-        saved = {"ranks": dist.get_world_size(), "steps": steps_done(zero), "scaler": scaler}
+        saved = {"ranks": dist.get_world_size(), "steps": steps_done(zero), "scaler": scaler_state(zero.loss_scaler)}
         torch.save(saved, folder / "training.pt")
     dist.barrier()
     written = [checkpoints.commit(step) if rank == 0 else None]
@@ -183,7 +183,7 @@ def load_checkpoint(folder: Path, engine) -> None:
     """Put back what `save_checkpoint` wrote; the number of ranks, and so the parts, may have changed."""
     zero, saved = engine.optimizer, torch.load(folder / "training.pt", weights_only=True)
     load_parts(engine.module.model, zero, folder, saved["ranks"], saved["steps"])
-    vars(zero.loss_scaler).update(saved["scaler"])
+    restore_scaler(zero.loss_scaler, saved["scaler"])
     rng = folder / f"rng-{dist.get_rank()}.pt"
     if rng.exists():
         runtime.set_rng_state(torch.load(rng, weights_only=True))

@@ -144,6 +144,8 @@ def test_a_run_leaves_its_records_and_a_model_with_the_weights_of_the_masters(un
     assert [logged[step]["loss"] for step in range(1, 21)] == [loss for loss, _ in losses(undisturbed)]
     plan = json.loads((undisturbed / "environment.json").read_text())["memory_plan"]["host"]
     assert 0 < plan["predicted_gib"] < plan["available_gib"]
+    saved = torch.load(undisturbed / "checkpoints/step-00000020/training.pt", weights_only=True)
+    assert saved == {"ranks": 2, "steps": 20, "scaler": {}}  # in fp32 there is none
 
     # The export against the masters that the two ranks wrote, laid together by the groups' order.
     cfg = load_config(modules["train"].Config, undisturbed / "config.yaml", [])

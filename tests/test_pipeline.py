@@ -212,6 +212,8 @@ def test_a_run_leaves_its_records(undisturbed):
     grid = json.loads((undisturbed / "environment.json").read_text())["pipeline"]
     assert grid.pop("computed_costs").keys() == {"embedding", "layer", "head"}
     assert grid == {"layers_by_stage": [3, 1], "pipelines": 1, "micro_batches": 4}
+    saved = torch.load(undisturbed / "checkpoints/step-00000020/training.pt", weights_only=True)
+    assert saved == {"steps": 20, "scaler": {}}  # in fp32 there is none
     (wandb_run,) = undisturbed.rglob("*.wandb")  # the main process's alone, though the loss is another's
     logged = history(read_wandb(wandb_run))
     assert [logged[step]["loss"] for step in range(1, 21)] == [loss for loss, _ in losses(undisturbed)]

@@ -1,0 +1,56 @@
+"""What the three DeepSpeed projects share: the loss scaler in a checkpoint, and what their JSON may hold."""
+
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from launching import project_modules
+
+from common.ds_settings import restore_scaler, scaler_state
+
+PROJECTS = ["deepspeed-offload", "deepspeed-pipeline", "ray-train"]
+
+
+def scaler_of(dtype: torch.dtype):
+    """DeepSpeed's own, as its optimizers make it."""
+    dynamic = {"init_scale": 2.0**16, "scale_window": 2, "min_scale": 1, "delayed_shift": 2}
+    return CreateLossScaler(dtype, 0, True, dynamic | {"consecutive_hysteresis": False})
+
+
+def test_the_loss_scaler_goes_on_as_it_was(monkeypatch):
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    saved, loaded = scaler_of(torch.float16), scaler_of(torch.float16)
+    for overflow in (True, True, False, False, False, False, True):
+        saved.update_scale(overflow)
+    changed = {name for name, value in vars(saved).items() if value != vars(loaded)[name]}
+    assert changed == scaler_state(saved).keys() - {"cur_scale"}  # which was halved, and doubled again
+    restore_scaler(loaded, scaler_state(saved))
+    assert vars(loaded) == vars(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_between_precisions_no_loss_scale_is_carried_over(dtype):
+    assert scaler_state(scaler_of(dtype)) == {}
+    for state in ({}, {"cur_scale": 1.0}):  # the latter is in earlier checkpoints
+        begun = scaler_of(torch.float16)
+        restore_scaler(begun, state)
+        assert vars(begun) == vars(scaler_of(torch.float16)) and begun.loss_scale == 2.0**16
+    left = scaler_of(dtype)
+    restore_scaler(left, scaler_state(scaler_of(torch.float16)))
+    assert vars(left) == vars(scaler_of(dtype)) and left.loss_scale == 1
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_checkpoint_of_another_precision_leaves_the_loss_scaling_on(tmp_path, monkeypatch, project):
+    torch.save({"ranks": 1, "steps": 0, "scaler": {"cur_scale": 1.0}}, tmp_path / "training.pt")
+    zero = MagicMock(single_partition_of_fp32_groups=[], loss_scaler=scaler_of(torch.float16))
+    with project_modules(project, "train") as modules:
+        train = modules["train"]
+        monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+        for reads_weights in ("pieces", "load_parts"):
+            monkeypatch.setattr(train, reads_weights, lambda *_: [], raising=False)
+        model = [MagicMock()] if project == "deepspeed-pipeline" else []
+        train.load_checkpoint(tmp_path, SimpleNamespace(optimizer=zero, module=MagicMock()), *model)
+    assert zero.loss_scaler.loss_scale == 2.0**16
