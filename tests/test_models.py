@@ -187,6 +187,18 @@ def test_a_tokenizer_without_a_pad_token_gets_eos_and_one_without_eos_is_refused
         load_tokenizer(ModelConfig(str(tmp_path / "no-eos")))
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("wanted", ["eager", "flash_attention_2"])
+def test_the_attention_is_ours_to_choose_and_not_config_json_s(family, lively, tmp_path, key, wanted):
+    lively.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: wanted}))
+    loaded = load_model(ModelConfig(str(tmp_path))).eval()
+    for model in (loaded, empty_model(ModelConfig(str(tmp_path)))):
+        assert model.config._attn_implementation == ("eager" if family == "bloom" else "sdpa")  # BLOOM has no other
+    assert torch.equal(loaded(ids()).logits, lively(ids()).logits)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"], indirect=True)
 def test_repeated_heads_change_nothing(family, lively):
     other = load_model(ModelConfig(f"tiny:{family}")).eval()

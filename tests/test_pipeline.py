@@ -30,6 +30,7 @@ from wandb_log import history, read_wandb
 
 from common import deepspeed_launcher, models
 from common.config import ModelConfig, load_config
+from common.loss import token_losses
 
 PROJECT = "deepspeed-pipeline"
 # What both projects are given. About half of the steps clip; whose docstrings they learn depends on the Python.
@@ -398,6 +399,29 @@ def test_a_model_that_cannot_be_cut_is_refused(modules):
     qwen.use_sliding_window = True
     with refused("model.name=it", "sliding window"):
         check(qwen, "it")
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_no_layer_sees_a_later_token_whatever_attention_config_json_asks_for(modules, untied, tmp_path, attention):
+    """Stages call their layers without a mask: the loss of all layers in a row is the plain model's."""
+    shutil.copytree(untied, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": attention}))
+    plain = models.load_model(ModelConfig(untied))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():  # far from zero: attention counts
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    model = models.empty_model(ModelConfig(str(tmp_path)))
+    layers = [spec.build() for spec in modules["stages"].decoder_specs(model, torch.device("cpu"))]
+    model.load_state_dict(plain.state_dict())
+    ids = torch.randint(3, 2048, (2, 32), generator=generator)
+    hidden = ids
+    with torch.no_grad():
+        for layer in layers:
+            hidden = layer(hidden)
+        ours = token_losses(hidden, model.get_output_embeddings().weight, ids) / (2 * 31)
+        theirs = plain(ids, labels=ids).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 DS = {"zero_optimization": {"stage": 1}}
