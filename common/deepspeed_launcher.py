@@ -27,21 +27,38 @@ PATIENCE_SECONDS = 300
 def launcher_options(processes: int) -> list[str]:
     """So many processes here, or on each of NNODES machines, each of which starts its own: no ssh is needed."""
     nodes = os.environ.get("NNODES")
+    if nodes and not (nodes.isdecimal() and int(nodes)):
+        raise UserError(f"NNODES={nodes}: set it to the number of machines, such as 2")
     if nodes and (missing := [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]):
         raise UserError(
             f"NNODES={nodes}, but {missing[0]} is not set: NODE_RANK is 0 on the first machine, 1 on the next ...; "
             f"MASTER_ADDR is the first machine's address"
         )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shares = int(os.environ.get("GPU_SHARES") or 1)  # so many processes on each
-    devices = [gpu for gpu in visible.split(",") for _ in range(shares)][:processes] if visible else range(processes)
-    machines = {f"machine-{i}": list(devices) for i in range(int(nodes or 1))}
+    if nodes and (rank := os.environ["NODE_RANK"]) not in map(str, range(int(nodes))):
+        raise UserError(f"NODE_RANK={rank}: of NNODES={nodes} machines, the first has 0, the last {int(nodes) - 1}")
+    machines = {f"machine-{i}": devices(processes) for i in range(int(nodes or 1))}
     return [
         f"--world_info={base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()}",
         f"--node_rank={os.environ['NODE_RANK'] if nodes else 0}",
         f"--master_addr={os.environ['MASTER_ADDR'] if nodes else '127.0.0.1'}",
         f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else free_port()}",
     ]
+
+
+def devices(processes: int) -> list[str]:
+    """What the processes here will see as CUDA_VISIBLE_DEVICES; DeepSpeed starts one for each entry."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return ["-1"] * processes  # no GPU, where there is one that is not meant
+    visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
+    if not visible:
+        return [str(gpu) for gpu in range(processes)]
+    places = [gpu for gpu in visible for _ in range(int(os.environ.get("GPU_SHARES") or 1))]  # so many on each
+    if len(places) < processes:
+        raise UserError(
+            f"{processes} processes, but CUDA_VISIBLE_DEVICES={','.join(visible)} has room for {len(places)}: "
+            f"set NPROC_PER_NODE lower, or more GPUs visible"
+        )
+    return places[:processes]
 
 
 def training_processes(launcher: psutil.Process) -> list[psutil.Process]:

@@ -452,20 +452,32 @@ def test_the_launcher_is_told_about_machines_and_devices(monkeypatch):
     def world(options):
         return json.loads(base64.urlsafe_b64decode(options[0].split("=", 1)[1]))
 
-    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"):
+    for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "GPU_SHARES", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
-    assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": [0, 1]}
+    assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["0", "1"]}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["2", "5"]}
+    with refused("4 processes", "CUDA_VISIBLE_DEVICES=2,5,7", "room for 3", "NPROC_PER_NODE"):
+        deepspeed_launcher.launcher_options(4)  # not three of them
     monkeypatch.setenv("GPU_SHARES", "2")
     assert world(deepspeed_launcher.launcher_options(4)) == {"machine-0": ["2", "2", "5", "5"]}
+    with refused("7 processes", "CUDA_VISIBLE_DEVICES=2,5,7", "room for 6", "NPROC_PER_NODE"):
+        deepspeed_launcher.launcher_options(7)
     monkeypatch.delenv("GPU_SHARES")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for visible in ("-1", "0", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["-1", "-1"]}
+    monkeypatch.delenv("DS_ACCELERATOR")  # with CUDA_VISIBLE_DEVICES empty, as where it is not set
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("NODE_RANK", "1")
     with refused("NNODES=2", "MASTER_ADDR"):
         deepspeed_launcher.launcher_options(2)
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     options = deepspeed_launcher.launcher_options(2)
-    assert world(options) == {"machine-0": [0, 1], "machine-1": [0, 1]}
+    assert world(options) == {"machine-0": ["0", "1"], "machine-1": ["0", "1"]}
     assert {"--node_rank=1", "--master_addr=10.0.0.1"} <= set(options)
+    for name, wrong, words in (("NODE_RANK", "2", "the last 1"), ("NNODES", "two", "2"), ("NNODES", "0", "2")):
+        monkeypatch.setenv(name, wrong)
+        with refused(f"{name}={wrong}", words):
+            deepspeed_launcher.launcher_options(2)
