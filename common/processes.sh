@@ -2,16 +2,19 @@
 # `share`, what stands before the script where GPU_SHARES processes share a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+whole_number() { # NAME what it is: ends where that variable is set to anything but a number from 1 to 99
+    if [[ -n ${!1:-} && ! ${!1} =~ ^[1-9][0-9]?$ ]]; then
+        echo "error: $1=${!1}: set it to $2, such as 2" >&2
+        exit 2
+    fi
+}
+whole_number GPU_SHARES "how many processes share a GPU"
+whole_number NPROC_PER_NODE "how many processes to start on this machine"
+
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
 share=()
-if [[ -n ${GPU_SHARES:-} ]]; then
-    if [[ ! $GPU_SHARES =~ ^[1-9][0-9]?$ ]]; then
-        echo "error: GPU_SHARES=$GPU_SHARES: set it to how many processes share a GPU, such as 2" >&2
-        exit 2
-    fi
-    if ((gpus > 0)); then share=("$repository/common/gpu_share.py"); fi
-fi
+if ((gpus > 0)) && [[ -n ${GPU_SHARES:-} ]]; then share=("$repository/common/gpu_share.py"); fi
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus * ${GPU_SHARES:-1} : 2))}
 if ((gpus == 0)); then # PyTorch's threads: share the cores out
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')

@@ -247,14 +247,21 @@ def test_a_share_of_a_gpu_that_is_not_there_is_refused(tmp_path):
     assert "no GPU for one of 10 processes, which has 1/2 of GPU 4: set NPROC_PER_NODE lower" in done.stderr
 
 
-def test_launch_says_what_gpu_shares_takes():
-    for wrong in ("two", "0", "1/2"):
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("GPU_SHARES", "how many processes share a GPU"),
+        ("NPROC_PER_NODE", "how many processes to start on this machine"),
+    ],
+)
+def test_launch_says_what_its_variables_take(name, meaning):
+    for wrong in ("two", "0", "1/2", "-1"):
         done = subprocess.run(
             ["pytorch-ddp/launch.sh", "--help"],
-            cwd=REPOSITORY, env=os.environ | {"GPU_SHARES": wrong}, capture_output=True, text=True,
+            cwd=REPOSITORY, env=os.environ | {name: wrong}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 2
-        assert done.stderr == f"error: GPU_SHARES={wrong}: set it to how many processes share a GPU, such as 2\n"
+        assert done.stderr == f"error: {name}={wrong}: set it to {meaning}, such as 2\n"
 
 
 def test_the_environment_is_described_in_json():
