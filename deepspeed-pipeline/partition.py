@@ -48,7 +48,7 @@ def layers_by_stage(
     if partition in ("measured", "computed"):
         found = costs() if stages > 1 else None
         return (deal_out(layers, stages, found) if found else [layers]), found
-    given = [int(part) if part.strip().isdigit() else 0 for part in partition.split(",")]
+    given = [int(part) if part.strip().isdecimal() else 0 for part in partition.split(",")]
     if len(given) != stages or sum(given) != layers or 0 in given:
         raise UserError(
             f"pipeline.partition={partition}: must be measured, computed, or {stages} whole numbers with commas "
