@@ -27,6 +27,9 @@ FP16 = {
     "consecutive_hysteresis": bool,
     "min_loss_scale": int,
 }
+# Where 0 ends in a traceback, some steps later even; of hysteresis, in a loss scale that never falls.
+NOT_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.hysteresis")
+CHOICES = {"communication_data_type": ("fp16", "bf16", "fp32")}
 # DeepSpeed's key, and the keys of the YAML that stand for it.
 OWNED_BY_YAML = {
     "train_batch_size": "train.global_batch_size",
@@ -47,6 +50,7 @@ OWNED_BY_YAML = {
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
     "steps_per_print": "nothing: metrics.jsonl has a line for every step",
+    "memory_breakdown": "nothing: metrics.jsonl has the peak of GPU memory, which this would reset all the time",
     "tensorboard": "tracking.backend",
     "wandb": "tracking.backend",
     "csv_monitor": "tracking.backend",
@@ -63,7 +67,7 @@ def read_ds_config(
 
     `known` has the keys that it may hold, with their types; `owned` those that the YAML owns, as `OWNED_BY_YAML`;
     `stage` is ZeRO's that it must have, and `why` the rest of the sentence that says so. Raises `UserError` for a
-    missing or broken file, a key that the YAML owns or that is not known, a wrong type, another stage.
+    missing or broken file, a key that the YAML owns or that is not known, a wrong type or value, another stage.
     """
     path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
     if path is None:
@@ -103,6 +107,10 @@ def _check(settings: dict[str, Any], known: dict[str, Any], owned: dict[str, str
         elif type(value) is not wanted or (wanted is int and value < 0):
             form = {int: "a whole number", bool: "true or false", str: "a text"}[wanted]
             raise UserError(f"{path}: {key} is {json.dumps(value)}: it must be {form}")
+        elif value == 0 and key in NOT_ZERO:
+            raise UserError(f"{path}: {key} is 0: it must be 1 or more")
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{path}: {key} is {json.dumps(value)}: it must be one of {', '.join(CHOICES[key])}")
 
 
 def engine_settings(

@@ -27,7 +27,6 @@ KNOWN: dict[str, Any] = {
     "fp16": ds_settings.FP16,
     "communication_data_type": str,
     "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
 }
 OWNED_BY_YAML = ds_settings.OWNED_BY_YAML | {
     "optimizer": "train.learning_rate, train.weight_decay and offload.optimizer",

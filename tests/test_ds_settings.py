@@ -1,16 +1,22 @@
 """What the three DeepSpeed projects share: the loss scaler in a checkpoint, and what their JSON may hold."""
 
+import json
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import refused
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from launching import project_modules
 
 from common.ds_settings import restore_scaler, scaler_state
 
-PROJECTS = ["deepspeed-offload", "deepspeed-pipeline", "ray-train"]
+PROJECTS = {  # with what their JSON must hold
+    "deepspeed-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "deepspeed-pipeline": {"stage": 1},
+    "ray-train": {"stage": 3},
+}
 
 
 def scaler_of(dtype: torch.dtype):
@@ -54,3 +60,29 @@ def test_a_checkpoint_of_another_precision_leaves_the_loss_scaling_on(tmp_path, 
         model = [MagicMock()] if project == "deepspeed-pipeline" else []
         train.load_checkpoint(tmp_path, SimpleNamespace(optimizer=zero, module=MagicMock()), *model)
     assert zero.loss_scaler.loss_scale == 2.0**16
+
+
+REFUSED = {
+    "type of messages": ({"communication_data_type": "banana"}, ['communication_data_type is "banana"', "bf16, fp32"]),
+    "no bucket": ({"zero_optimization": {"reduce_bucket_size": 0}}, ["reduce_bucket_size is 0", "1 or more"]),
+    "no window": ({"fp16": {"loss_scale_window": 0}}, ["fp16.loss_scale_window is 0", "1 or more"]),
+    "no hysteresis": ({"fp16": {"hysteresis": 0}}, ["fp16.hysteresis is 0", "1 or more"]),
+    "memory": ({"memory_breakdown": True}, ["memory_breakdown", "metrics.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_what_deepspeed_would_fail_with_is_refused(tmp_path, project):
+    needed = {"zero_optimization": PROJECTS[project]}
+    with project_modules(project, "ds_settings") as modules:
+
+        def read(settings: dict) -> dict:
+            (tmp_path / "ds.json").write_text(json.dumps(settings))
+            return modules["ds_settings"].read_ds_config("ds.json", tmp_path)
+
+        for settings, words in REFUSED.values():
+            with refused("ds.json", *words):
+                read(needed | settings)
+        for dtype in ("fp16", "bf16", "fp32"):
+            accepted = needed | {"communication_data_type": dtype, "fp16": {"min_loss_scale": 0}}
+            assert read(accepted) == accepted

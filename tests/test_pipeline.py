@@ -381,7 +381,7 @@ def test_the_partition_weighs_the_head_against_layers(modules):
         found, by = partition.layers_by_stage(shape, "computed", stages, lambda costs=costs: costs)
         assert found == expected and by == (costs if stages > 1 else None)
     assert partition.layers_by_stage(shape, "9,7", 2, None) == ([9, 7], None)
-    for wrong in ("9,6", "16", "17,-1", "16,0", "8,8,0", "8;8", ""):
+    for wrong in ("9,6", "16", "17,-1", "16,0", "8,8,0", "8;8", "²,14", ""):
         with refused(f"pipeline.partition={wrong}", "2 whole numbers", "16 decoder layers"):
             partition.layers_by_stage(shape, wrong, 2, None)
     with refused("pipeline.stages=5", "4 decoder layers", "4 or less"):
@@ -429,6 +429,7 @@ BAD_DS_CONFIGS = {
     "global batch": ({**DS, "train_batch_size": 32}, ["train_batch_size", "train.global_batch_size"]),
     "stages": ({**DS, "pipeline": {"stages": 2}}, ["pipeline", "pipeline.stages"]),
     "optimizer": ({**DS, "optimizer": {"type": "AdamW"}}, ["optimizer", "train.learning_rate"]),
+    "timers": ({**DS, "wall_clock_breakdown": True}, ["wall_clock_breakdown", "steps_per_print"]),
     "misspelt key": ({"zero_optimization": {"stag": 1}}, ["zero_optimization.stag", "zero_optimization.stage"]),
     "offload": ({"zero_optimization": {"stage": 1, "offload_optimizer": {}}}, ["offload_optimizer", "this project"]),
     "other stage": ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage is 2", "set it to 1"]),
