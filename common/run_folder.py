@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ class RunFolder:
         self._device = device
         self._flops_per_token = flops_per_token(model, self.cfg.data.max_length)
         peak = peak_flops(device, dtype)
-        self._peak = peak * self._environment["world_size"] if peak else None
+        share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # «1/8 of GPU 0»: of its peak
+        self._peak = peak * self._environment["world_size"] * share if peak else None
         self._tracker = start_tracker(self.cfg, self.path, enabled=True)
         if first_step >= total_steps:
             print(f"This run is complete: step {first_step} of {total_steps}. To train on, set train.max_steps higher")

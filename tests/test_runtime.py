@@ -16,7 +16,7 @@ import torch
 from conftest import FAMILIES, REPOSITORY, refused
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import runtime
+from common import run_folder, runtime
 from common.config import BaseConfig, DataConfig, ModelConfig, RuntimeConfig, TrainConfig
 from common.gpu_share import share_variables
 from common.json_lines import JsonLines, finite
@@ -276,6 +276,19 @@ def test_the_environment_is_described_in_json():
 
 
 # --- measures
+
+
+@pytest.mark.parametrize(("share", "of_a_gpu"), [("", 1), ("1/8 of GPU 0", 1 / 8)])
+def test_mfu_is_by_the_peak_of_what_each_process_has_of_a_gpu(tmp_path, monkeypatch, share, of_a_gpu):
+    monkeypatch.setattr(run_folder, "peak_flops", lambda device, dtype: 1e12)
+    cfg = BaseConfig(output_dir=str(tmp_path))
+    cfg.tracking.backend = "none"
+    model = load_model(ModelConfig("tiny:llama"))
+    with run_folder.RunFolder(cfg, "project", True, {"world_size": 2, "gpu_share": share}) as run:
+        run.begin(model, CPU, torch.float32, 0, 1, None)
+        run.log_step(1, seconds=0.5, tokens=10_000, epoch=1.0, loss=2.0, learning_rate=0.1, grad_norm=1.0)
+        summary = run.summarize("completed")
+    assert summary["mfu"] == pytest.approx(20_000 * summary["flops_per_token"] / (2e12 * of_a_gpu), abs=1e-4)
 
 
 def test_flops_of_a_tied_model_by_hand():
