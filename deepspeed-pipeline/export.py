@@ -18,6 +18,7 @@ from common.checkpoints import Checkpoints
 from common.config import parse_config
 from common.errors import UserError, run
 from common.export import write_model
+from common.hub import model_card
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
     output = Path(cfg.output_dir).resolve()
     model = models.empty_model(cfg.model)
     same_model = {"the project": PROJECT, "the model's architecture": models.architecture(model.config)}
-    found = Checkpoints(output / "checkpoints", cfg.checkpoint.keep, same_model).find(cfg.checkpoint.resume)
+    resume = "auto" if cfg.checkpoint.resume == "never" else cfg.checkpoint.resume  # `never` was the training's
+    found = Checkpoints(output / "checkpoints", cfg.checkpoint.keep, same_model).find(resume)
     if found is None:
         raise UserError(f"output_dir={cfg.output_dir}: no checkpoint in it; set output_dir or checkpoint.resume")
     step, folder = found
@@ -40,6 +42,7 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     write_model(model, partial, True, read)
     models.load_tokenizer(cfg.model).save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(cfg, {"project": PROJECT, "steps": step}), encoding="utf-8")
     shutil.rmtree(output / "model", ignore_errors=True)
     partial.rename(output / "model")
     print(f"The model of step {step} is in {output / 'model'}")
