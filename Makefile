@@ -19,7 +19,7 @@ help: ## list the targets
 	touch $@
 
 # LLM Foundry pins older versions of what the others use; its launch.sh calls the same script.
-.venv-foundry/ready: llm-foundry-finetune/requirements.txt
+.venv-foundry/ready: llm-foundry-finetune/requirements.txt llm-foundry-finetune/build_environment.sh
 	@llm-foundry-finetune/build_environment.sh
 
 .PHONY: demo

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts at a time build
+# Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts build
 # it once: the others wait. The stamp `ready` is written last, so that a build that was broken off is taken up again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
-if [[ $environment/ready -nt $requirements ]]; then exit 0; fi
+is_ready() { [[ $environment/ready -nt $requirements && $environment/ready -nt llm-foundry-finetune/build_environment.sh ]]; }
+if is_ready; then exit 0; fi
 mkdir -p "$environment"
 exec 9>"$environment/lock"
 if ! flock --nonblock 9; then
     echo "waiting for another start, which builds $environment ..." >&2
     flock 9
 fi
-if [[ $environment/ready -nt $requirements ]]; then exit 0; fi
+if is_ready; then exit 0; fi
 
 for python in ${PYTHON:-} python3.11 python3.12 python3; do
     if "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then break; fi

@@ -28,7 +28,6 @@ KNOWN: dict[str, Any] = {
     "fp16": ds_settings.FP16,
     "communication_data_type": str,
     "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
 }
 
 

@@ -163,11 +163,14 @@ def test_a_refused_start_leaves_the_earlier_run_as_it_was(undisturbed, base, tmp
 
 @pytest.mark.slow
 def test_a_model_without_fused_attention_learns_dates_as_ddp_does(tmp_path):
-    """BLOOM has no `sdpa`; dates are strings, whatever a reader of JSON would make of them."""
+    """BLOOM has no `sdpa`; dates are strings, whatever a reader of JSON would make of them, and U+2028 ends no line."""
     shape = BloomConfig(vocab_size=models.TINY_VOCABULARY, hidden_size=64, n_layer=2, n_head=4)
     BloomForCausalLM(shape).save_pretrained(tmp_path / "base")
     models.load_tokenizer(ModelConfig("tiny:opt")).save_pretrained(tmp_path / "base")
-    rows = {"prompt": [f"Day {i} is" for i in range(60)], "response": [f"2024-{i % 12 + 1:02}-17" for i in range(60)]}
+    rows = {
+        "prompt": [f"Day {i}\u2028is" for i in range(60)],
+        "response": [f"2024-{i % 12 + 1:02}-17" for i in range(60)],
+    }
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
     settings = [*SMOKE, f"model.name={tmp_path}/base", f"data.name={tmp_path}/rows.parquet", "train.max_steps=4"]
     settings += ["train.learning_rate=1e-3", "train.warmup_steps=0", "train.lr_schedule=constant"]
