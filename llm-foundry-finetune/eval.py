@@ -1,6 +1,7 @@
 """Base model against fine-tuned model on the held-out rows: loss, perplexity, token accuracy, bits per byte, samples.
 
-Train first; then, with the same `--config` and settings as the training, in any environment of the repository:
+Train first; then, with the same `--config` and settings as the training (or those in its folder,
+`--config RUN/config.yaml`), in any environment of the repository:
 
     .venv-foundry/bin/python llm-foundry-finetune/eval.py --config smoke.yaml      # one process, CPU or GPU
     torchrun --nproc_per_node 2 llm-foundry-finetune/eval.py                       # several: the same figures, sooner

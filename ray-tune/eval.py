@@ -1,6 +1,7 @@
 """Base model against fine-tuned model on the held-out rows: loss, perplexity, token accuracy, bits per byte, samples.
 
-Search first; then, with the same `--config` and settings as the search:
+Search first; then, with the same `--config` and settings as the search (or those in its folder,
+`--config RUN/config.yaml`):
 
     python ray-tune/eval.py --config smoke.yaml                       # one process, CPU or GPU
     torchrun --nproc_per_node 2 ray-tune/eval.py                      # several: the same figures, sooner
