@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -330,7 +331,8 @@ class StepSampler(Sampler):
                 f"train.global_batch_size={self.size} is more than the {len(rows)} training sequences: lower it, "
                 f"or use more data"
             )
-        self.total_steps = cfg.train.max_steps or max(1, math.ceil(cfg.train.epochs * self.steps_per_epoch))
+        epochs = Fraction(str(cfg.train.epochs))  # as it is written: 1.1 * 50, in floating point, is more than 55
+        self.total_steps = cfg.train.max_steps or max(1, math.ceil(epochs * self.steps_per_epoch))
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.first_step)

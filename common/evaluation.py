@@ -297,8 +297,8 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
     if keys:
         settings = ", ".join(f"{key}={get(cfg, key)} (training: {get(trained, key)})" for key in keys)
         raise UserError(f"{settings}: {why}; set it as in the training, or evaluate with its settings: --config {path}")
-    summary = report.read_json(run_dir / "summary.json")
-    if summary.get("status", "completed") != "completed":
+    summary = report.read_summary(run_dir) if (run_dir / "metrics.jsonl").is_file() else {"status": "completed"}
+    if summary["status"] != "completed":
         notes += [f"{run_dir} goes on from an earlier end, whose model this is; it is at step {summary['steps']} now"]
     return notes
 

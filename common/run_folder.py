@@ -24,7 +24,7 @@ from common.export import write_model
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
-from common.runtime import launcher_pid
+from common.runtime import check_finite, launcher_pid
 from common.tracking import check_tracker, start_tracker
 
 WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, growing buffers
@@ -77,10 +77,8 @@ class RunFolder:
         self._remove_stale(first_step, total_steps)
         save_config(self.cfg, self.path / "config.yaml")
         write_json(self.path / "environment.json", self._environment)
-        if checkpoint and not self._metrics.path.exists():  # it is another run folder's: its history is this run's
-            history = checkpoint.parent.parent / self._metrics.path.name
-            if history.is_file():
-                shutil.copyfile(history, self._metrics.path)
+        if checkpoint and checkpoint.parent.resolve() != self.checkpoints.resolve():  # another run folder's
+            self._take_over_history(checkpoint.parent.parent)
         self._metrics.keep_up_to(first_step if first_step else -1)
         earlier = self._metrics.read()
         self._earlier_seconds = earlier[-1]["seconds"] if earlier else 0.0
@@ -104,6 +102,13 @@ class RunFolder:
             disable=first_step >= total_steps,
         )
         self._begun = True
+
+    def _take_over_history(self, earlier: Path) -> None:
+        """What `earlier` has measured so far is this run's; what another run left here is not, and goes."""
+        (self.path / "tracking.json").unlink(missing_ok=True)
+        self._metrics.path.unlink(missing_ok=True)
+        if (earlier / self._metrics.path.name).is_file():
+            shutil.copyfile(earlier / self._metrics.path.name, self._metrics.path)
 
     def _remove_stale(self, first_step: int, total_steps: int) -> None:
         """What an earlier run left here must not pass for this one's."""
@@ -138,8 +143,12 @@ class RunFolder:
         self._bar.update()
 
     def log_evaluation(self, step: int, eval_loss: float) -> None:
-        """The held-out loss after `step` optimizer steps (0: before training)."""
+        """The held-out loss after `step` optimizer steps (0: before training).
+
+        Raises `UserError` if it is not finite: what the last update has spoilt shows here first.
+        """
         if self.is_main:
+            check_finite(step, eval_loss, 0)
             self._write({"step": step, "eval_loss": eval_loss})
             self._bar.write(f"Step {step}: held-out loss {eval_loss:.4f}")
 
@@ -193,13 +202,14 @@ class RunFolder:
         if not steps:  # failed in its first step, or went on from another folder's last one without its history
             return summary
         steady = steps[WARM_UP_STEPS:] or steps
+        evaluated = held_out and held_out[-1]["step"] == steps[-1]["step"]  # not where `train.max_steps` was lowered
         speed = sum(r["tokens"] for r in steady) / sum(r["step_seconds"] for r in steady)
         return summary | {
             "steps": steps[-1]["step"],
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],
             "eval_loss_before": held_out[0]["eval_loss"] if held_out and held_out[0]["step"] == 0 else None,
-            "eval_loss_after": held_out[-1]["eval_loss"] if status == "completed" and held_out else None,
+            "eval_loss_after": held_out[-1]["eval_loss"] if status == "completed" and evaluated else None,
             "tokens_per_second": round(speed, 1),
             "flops_per_token": self._flops_per_token,
             "mfu": round(speed * self._flops_per_token / self._peak, 4) if self._peak else None,

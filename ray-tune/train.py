@@ -193,7 +193,6 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
             # Also where the run is to stop: it goes on behind this step, and a rung needs the loss.
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
                 result = {"step": step, "eval_loss": evaluate(model, held_out, device, dtype)}
-                runtime.check_finite(step, result["eval_loss"], 0)
                 run.log_evaluation(**result)
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, model, optimizer, scaler)

@@ -316,6 +316,7 @@ def test_max_steps_wins_over_epochs_and_a_bit_of_an_epoch_is_a_step():
     assert len(steps(config(max_steps=20, epochs=1))) == 20
     assert len(steps(config(epochs=0.01))) == 1
     assert len(steps(config(epochs=1.1))) == 7
+    assert StepSampler(made_up_rows(400), config(epochs=1.1), 0, 1).total_steps == 55  # 1.1 * 50 is more in binary
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -300,10 +300,15 @@ def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monke
         check_training(BaseConfig(), model)
     cfg.data.name = "other.jsonl"
     assert check_training(cfg, model) == ["the model was trained on pydoc, not on other.jsonl"]
-    (tmp_path / "run/summary.json").write_text('{"status": "interrupted", "steps": 4}')
     cfg.data.name = "pydoc"
-    (note,) = check_training(cfg, model)
-    assert note.startswith("run goes on from an earlier end") and "step 4" in note
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    for status in ("interrupted", ""):  # none, where it was killed
+        if status:
+            (tmp_path / "run/summary.json").write_text(json.dumps({"status": status, "steps": 4}))
+        else:
+            (tmp_path / "run/summary.json").unlink()
+        (note,) = check_training(cfg, model)
+        assert note.startswith("run goes on from an earlier end") and "step 4" in note
     (tmp_path / "run/config.yaml").write_text("model: {layers: 3}")  # another program's
     assert check_training(BaseConfig(), model) == []
 

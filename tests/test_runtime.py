@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -289,6 +290,42 @@ def test_mfu_is_by_the_peak_of_what_each_process_has_of_a_gpu(tmp_path, monkeypa
         run.log_step(1, seconds=0.5, tokens=10_000, epoch=1.0, loss=2.0, learning_rate=0.1, grad_norm=1.0)
         summary = run.summarize("completed")
     assert summary["mfu"] == pytest.approx(20_000 * summary["flops_per_token"] / (2e12 * of_a_gpu), abs=1e-4)
+
+
+def run_of(folder: Path, first_step: int, steps: int, checkpoint: Path | None = None, loss: float = 2.0) -> dict:
+    """A run's records from `first_step` to `steps`, without a held-out loss behind step 0; its summary."""
+    cfg = BaseConfig(output_dir=str(folder))
+    cfg.tracking.backend = "none"
+    model = load_model(ModelConfig("tiny:llama"))
+    with run_folder.RunFolder(cfg, "project", True, {"world_size": 1}) as run:
+        run.begin(model, CPU, torch.float32, first_step, steps, checkpoint)
+        if first_step == 0:
+            run.log_evaluation(0, loss)
+        for step in range(first_step + 1, steps + 1):
+            run.log_step(step, seconds=0.5, tokens=100, epoch=1.0, loss=loss, learning_rate=0.1, grad_norm=1.0)
+        run.finish("completed")
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_a_held_out_loss_of_other_weights_is_not_the_one_after_training(tmp_path):
+    summary = run_of(tmp_path, 0, 4)
+    assert summary["eval_loss_before"] == 2 and summary["eval_loss_after"] is None
+
+
+def test_a_run_that_goes_on_from_another_folder_has_that_ones_history(tmp_path):
+    run_of(tmp_path / "first", 0, 4, loss=1.0)
+    run_of(tmp_path / "other", 0, 6, loss=9.0)
+    (tmp_path / "other/tracking.json").write_text('{"wandb": "of-the-other"}')
+    for _ in range(2):  # the same command twice
+        summary = run_of(tmp_path / "other", 4, 6, tmp_path / "first/checkpoints/step-00000004")
+        assert (summary["eval_loss_before"], summary["first_loss"], summary["last_loss"]) == (1, 1, 2)
+        assert not (tmp_path / "other/tracking.json").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with refused("the loss of step 0 is nan", "train.learning_rate"):
+        run_of(tmp_path, 0, 4, loss=float("nan"))
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
 
 
 def test_flops_of_a_tied_model_by_hand():
