@@ -265,7 +265,7 @@ def train(cfg: Config) -> None:
             )
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
-            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0 and not stopping):
+            if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
                 run.log_evaluation(step, evaluate(model, held_out, device))
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, model, optimizer, scaler)
