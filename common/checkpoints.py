@@ -85,7 +85,7 @@ class Checkpoints:
         a path that is no whole checkpoint, and for a checkpoint of another model or other data.
         """
         found = self._find(resume)
-        self._went_on_from = found[0] if found else 0
+        self._went_on_from = found[0] if found and found[1].parent.resolve() == self.root.resolve() else 0
         return found
 
     def _find(self, resume: str) -> tuple[int, Path] | None:

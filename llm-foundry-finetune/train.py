@@ -201,7 +201,8 @@ def train(cfg: Config) -> None:
         prepared, same_run, first_step, checkpoint = shared[0]
         if prepared.rows < 20_000:
             datasets.disable_progress_bars()
-        checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
+        if rank:  # rank 0's knows which one the run goes on from
+            checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
 
         callback = RunFolderCallback(
             run,

@@ -112,6 +112,16 @@ def test_one_that_goes_back_by_a_path_leaves_the_other_course_as_soon_as_it_has_
     assert steps_on_disk(back) == [20, 24, 28]
 
 
+def test_one_that_goes_on_from_another_run_leaves_what_was_in_its_folder_as_soon_as_it_has_saved(checkpoints, tmp_path):
+    write(checkpoints, 4, 12)
+    other = Checkpoints(tmp_path / "other", keep=3, identity=ID)
+    write(other, 8)
+    run = Checkpoints(checkpoints.root, keep=3, identity=ID)
+    assert run.find(str(other.root / "step-00000008"))[0] == 8
+    write(run, 10)
+    assert steps_on_disk(run) == [10] and steps_on_disk(other) == [8]
+
+
 def truncate(folder: Path) -> None:
     path = folder / "training.pt"
     path.write_bytes(path.read_bytes()[:-1])
