@@ -64,17 +64,18 @@ def final_run(cfg: BaseConfig, winner: Record) -> BaseConfig:
     """The settings of the run that ends the search: the best trial's, from its checkpoint, in the search's folder."""
     final = copy.deepcopy(cfg)
     final.train = space.with_parameters(cfg, winner.parameters)
+    what = "it reached the full budget" if winner.status == "completed" else "it is trained on to the full budget"
     saved = sorted((winner.folder / "checkpoints").glob("step-*"))
     if any((Path(cfg.output_dir) / "checkpoints").glob("step-*")):
         final.checkpoint.resume = "auto"  # it had begun, and was stopped
-    else:
-        final.checkpoint.resume = str(saved[-1]) if saved else "never"
+    elif saved:
+        final.checkpoint.resume = str(saved[-1])
+    else:  # it gave way to another trial's, which only later turned out not to be the best
+        final.checkpoint.resume = "never"
+        what = "it is trained once more, for its checkpoint is gone"
     if winner.status == "completed":
         final.tracking.backend = "none"  # its curve is its trial's
     values = ", ".join(f"{name}={_short(value)}" for name, value in winner.parameters.items())
-    what = "it reached the full budget" if winner.status == "completed" else "it is trained on to the full budget"
-    if not saved:  # it gave way to another trial's, whose stop could be decided only later
-        what = "it is trained once more, for its checkpoint is gone"
     print(f"\nBest: {winner.name} ({values}); {what}")
     return final
 

@@ -127,13 +127,13 @@ def test_a_killed_run_goes_on_to_the_same_losses(undisturbed, base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "rows_a_sequence"), [(1, 1), (2, 1.5)])
-def test_a_completed_run_trains_on_as_if_it_had_not_ended(processes, rows_a_sequence, tmp_path):
+def test_a_completed_run_trains_on_as_if_it_had_not_ended(tmp_path):
+    """With two processes and packed rows."""
     settings = [*SMOKE, "data.train_rows=80", "train.learning_rate=1e-3", "train.lr_schedule=constant", "eval.every=4"]
-    settings += ["train.warmup_steps=0", f"foundry.packing_ratio={rows_a_sequence}"]
-    run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/at-once", processes=processes)
-    run(PROJECT, *settings, "train.max_steps=4", f"output_dir={tmp_path}/in-two", processes=processes)
-    output = run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/in-two", processes=processes)
+    settings += ["train.warmup_steps=0", "foundry.packing_ratio=1.5"]
+    run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/at-once")
+    run(PROJECT, *settings, "train.max_steps=4", f"output_dir={tmp_path}/in-two")
+    output = run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/in-two")
     assert "Going on from the checkpoint of step 4" in output
     assert len(losses(tmp_path / "at-once")) == 8 and curve(tmp_path / "in-two") == curve(tmp_path / "at-once")
 

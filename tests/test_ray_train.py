@@ -193,28 +193,25 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
 
 @pytest.mark.slow
 def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_other_course(undisturbed, tmp_path):
-    """Before this run has saved, and after; it goes on from step 16 with another learning rate, 20 being there too."""
+    """It goes on from step 16 with another learning rate, 20 being there too."""
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints/step-00000018-mine").mkdir()  # a user's own copy
     settings = [*RESUME, f"checkpoint.resume={tmp_path}/checkpoints/step-00000016", "train.learning_rate=1e-4",
-                "train.max_steps=240", "checkpoint.every=12", "checkpoint.keep=3"]  # fmt: skip
+                "train.max_steps=200", "checkpoint.every=100", "checkpoint.keep=3"]  # fmt: skip
     process = start(PROJECT, *settings, f"output_dir={tmp_path}", **RAY)
     noted = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"  # what Ray has heard of
-    for step, saved in ((22, 16), (30, 24)):
-        wait_for_step(process, tmp_path, step, seconds=280)
-        while not (noted.exists() and f"step-{saved:08d}" in noted.read_text()):
-            assert process.poll() is None
-            time.sleep(0.005)
-        workers = workers_of(process)
-        workers[0].kill()
-        psutil.wait_procs(workers)
+    wait_for_step(process, tmp_path, 22, seconds=280)
+    while not (noted.exists() and "step-00000016" in noted.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    workers_of(process)[0].kill()
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    *first, last = map(int, re.findall(r"Going on from the checkpoint of step (\d+)", output))
-    assert first == [16, 16] and last >= 24 and last % 12 == 0
-    left = ("00000018-mine", "00000216", "00000228", "00000240")
+    first, again = map(int, re.findall(r"Going on from the checkpoint of step (\d+)", output))
+    assert first == 16 and again in (16, 100)  # the latter where the run had got there meanwhile
+    left = ("00000016", "00000018-mine", "00000100", "00000200")
     assert checkpoints_of(tmp_path) == [f"step-{name}" for name in left]
-    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 241))
+    assert [record["step"] for record in metrics(tmp_path) if "loss" in record] == list(range(1, 201))
 
 
 @pytest.mark.slow

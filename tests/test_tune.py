@@ -334,7 +334,7 @@ def test_a_complete_search_says_so_and_one_whose_best_trial_was_stopped_trains_i
         (folder / "trials" / name / "metrics.jsonl").write_text("".join(x for x in lines if '"step": 90,' not in x))
     stopped = next(row for row in rows if row["status"] == "stopped")  # the table is in order
     output = run(PROJECT, *SEARCH, "tracking.backend=none", f"output_dir={folder}")
-    assert f"Best: {stopped['trial']}" in output and "is trained on to the full budget" in output
+    assert f"Best: {stopped['trial']}" in output and "trained once more, for its checkpoint is gone" in output
     curve = held_out(folder)
     assert max(curve) == 90 and curve[int(stopped["steps"])] == float(stopped["held-out loss"])
     summary = json.loads((folder / "summary.json").read_text())
