@@ -72,8 +72,9 @@ class Checkpoints:
         folder.rename(final)
         _to_disk(self.root)  # the new one is safe before an old one goes
         self._written.add(step)
-        ours = [at for at, _ in self.all() if at <= step and (at in self._written or at <= self._went_on_from)]
-        for at, old in self.all():
+        found = self.all()
+        ours = [at for at, _ in found if at <= step and (at in self._written or at <= self._went_on_from)]
+        for at, old in found:
             if at not in ours[: self.keep]:
                 shutil.rmtree(old)
         return final

@@ -275,11 +275,11 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
     """
     run_dir, notes = model.parent, []
     path = run_dir / "config.yaml"
+    if not (model.is_dir() and path.is_file()):
+        return notes
     try:
-        trained = load_config(type(cfg), path, []) if model.is_dir() and path.is_file() else None
+        trained = load_config(type(cfg), path, [])
     except UserError:  # another project's
-        trained = None
-    if trained is None:
         return notes
     same_data = (_place(trained.data.name), trained.data.subset) == (_place(cfg.data.name), cfg.data.subset)
     keys, why = [], "the base would be another model"

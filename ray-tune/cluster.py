@@ -88,7 +88,7 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
 
 
 def _join(address: str, options: dict) -> None:
-    check_address(address)
+    # `check` has asked at the address already, before anything was loaded.
     try:
         # The workers on other machines get this checkout's code, whatever is installed there.
         folder = Path(__file__).parent
