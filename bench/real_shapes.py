@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -65,7 +66,9 @@ def read_texts(path: Path) -> list[str]:
 
 
 def write_weights(folder: Path) -> None:
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).bfloat16().save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws a billion values in half a minute
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.bfloat16().save_pretrained(folder)
 
 
 if __name__ == "__main__":

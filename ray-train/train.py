@@ -71,7 +71,8 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # the loop alone in one process, without a cluster
         dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    # DeepSpeed takes it for the GPU's number. Ray counts a machine's workers, which may be on nodes with a GPU each.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)  # it takes the group that is there
     return dist.get_rank(), dist.get_world_size(), device
 
