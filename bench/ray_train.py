@@ -42,7 +42,7 @@ CASES = {
     "1gpu-micro-1": ray("one GPU, micro-batch 1", one_gpu(1), gpus=1),
     "1gpu-micro-4": ray("one GPU, micro-batch 4", one_gpu(4), gpus=1),
     "1gpu-micro-4-plain": plain("one GPU, micro-batch 4, without Ray", one_gpu(4), gpus=1),
-    "4gpu-micro-4": ray("four GPUs, micro-batch 4", micro(4), gpus=4),
+    "4gpu-micro-4": ray("four workers, micro-batch 4", micro(4), gpus=4),
 }
 
 if __name__ == "__main__":

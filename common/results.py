@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -324,9 +325,46 @@ def ray_train_table(folder: Path, *names: str) -> str:
         ),
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
         "host peak GiB": figure("{peak_host_gib:.1f}"),
-        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
+        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f} ({steps} steps)"),
     }
-    return table(records, columns, f"{machine(records)}.")
+    is_limited = all("runtime.gpu_memory_limit_gib" in r["settings"] for r in records)
+    return table(records, columns, limited(records) if is_limited else f"{machine(records)}.")
+
+
+def ray_train_headline(folder: Path, *names: str) -> str:
+    ray, plain = read(folder, *names)
+    return (
+        f"{ray['summary']['peak_gpu_gib']:.1f} GiB of {ray['settings']['runtime.gpu_memory_limit_gib']} at "
+        f"{ray['label']}, {speed(ray) / speed(plain):.1%} of the speed without Ray on {gpus_of(ray)}"
+    )
+
+
+def foundry_table(folder: Path, *names: str) -> str:
+    """The same places a step; how many of them hold tokens, and how long a step takes."""
+    records = read(folder, *names)
+
+    def steps(r: dict) -> list[dict]:  # those that the record has, but for the first
+        return [*(step for step in r["first_steps"] if step["step"] > 1), *r["last_steps"]]
+
+    def places(r: dict) -> int:
+        return int(r["settings"]["train.global_batch_size"]) * int(r["settings"]["data.max_length"])
+
+    columns = {
+        "run": lambda r: r["label"],
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "places filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
+        "median seconds a step": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
+        "peak GiB": figure("{peak_gpu_gib:.1f}"),
+    }
+    return table(records, columns, limited(records))
+
+
+def foundry_headline(folder: Path, name: str) -> str:
+    (r,) = read(folder, name)
+    return (
+        f"{r['summary']['peak_gpu_gib']:.1f} GiB of {r['settings']['runtime.gpu_memory_limit_gib']}, "
+        f"{speed(r):,.0f} tokens/s on {gpus_of(r)}"
+    )
 
 
 def equality_table(folder: Path, name: str) -> str:
@@ -381,10 +419,16 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-offload speed": (offload_table, *OFFLOAD_CASES),
     "deepspeed-offload prediction": (prediction_table, *OFFLOAD_CASES),
     "deepspeed-offload headline": (offload_headline, "1024-micro-16"),
-    "deepspeed-pipeline efficiency": (pipeline_table, *(f"2-stages-micro-{m}" for m in (8, 16, 32))),
+    "deepspeed-pipeline efficiency": (pipeline_table, *(f"2-stages-micro-{m}" for m in (2, 4, 8, 16, 32))),
+    "deepspeed-pipeline four stages": (pipeline_table, "4-stages"),
     "deepspeed-pipeline shipped": (pipeline_table, "shipped-computed", "shipped"),
     "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
     "deepspeed-pipeline headline": (pipeline_headline, "2-stages-micro-16"),
+    "llm-foundry-finetune speed": (foundry_table, "speed-t4-settings", "speed-t4-settings-fsdp"),
+    "llm-foundry-finetune headline": (foundry_headline, "speed-t4-settings"),
+    "ray-train speed": (ray_train_table, "2gpu-micro-4", "2gpu-micro-4-plain"),
+    "ray-train four GPUs": (ray_train_table, "4gpu-micro-4"),
+    "ray-train headline": (ray_train_headline, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping"),
