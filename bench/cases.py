@@ -92,7 +92,8 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
         )
         summary, steps = read_json(run / "summary.json"), read_metrics(run)
         machine = read_json(run / "environment.json")
-        seen = {path.stem: read_json(path) for path in sorted(run.glob("stage-times-*.json"))}
+        left = sorted([*run.glob("stage-times-*.json"), *run.glob("step-profile.json")])
+        seen = {path.stem: read_json(path) for path in left}
     if done.returncode:
         print(done.stdout[-3000:] + service_log())
         summary.setdefault("status", "failed")  # before it began

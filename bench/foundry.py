@@ -41,6 +41,13 @@ CASES = {
         "LLM Foundry, fp16, micro-batch 1, packed", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True
     ),
     "speed-t4-settings-fsdp": fsdp("`pytorch-fsdp`, full blocks", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True),
+    # The same two with bench/step_profile.py looking on: where a step goes.
+    "profile": foundry(
+        "LLM Foundry", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True, through="bench/step_profile.py"
+    ),
+    "profile-fsdp": fsdp(
+        "`pytorch-fsdp`", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True, through="bench/step_profile.py"
+    ),
     "speed-2gpu": foundry("LLM Foundry, bf16, micro-batch 8, packed", [*SPEED, PACKED]),
     "speed-2gpu-padded": foundry("the same, one row a sequence", SPEED),
     "speed-2gpu-fsdp": fsdp("`pytorch-fsdp`, bf16, micro-batch 8, full blocks", [*SPEED, *FSDP]),
