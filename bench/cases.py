@@ -57,8 +57,11 @@ def start_command(case: Case) -> tuple[list[str], list[str]]:
     }[case.launcher]
 
 
-def run_case(project: str, name: str, case: Case, common_settings: list[str], shares: int = 0) -> dict:
-    """Run the case and return its record; a run that fails is a record too. With `shares`, on shares of one GPU."""
+def run_case(project: str, name: str, case: Case, common_settings: list[str], shares: int, log: Path) -> dict:
+    """Run the case and return its record; a run that fails is a record too. With `shares`, on shares of one GPU.
+
+    What it prints goes to `log`.
+    """
     script = [*(["bench/as_t4.py"] if case.as_t4 else []), *([case.through] if case.through else [])]
     script.append(f"{case.project or project}/train.py")
     settings = [*common_settings, *case.settings]
@@ -82,22 +85,18 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
             options = ["--num-gpus=1", "--num-cpus=4"]
             nodes = [(options, environment | share_of_node(environment, i)) for i in range(case.gpus)]
             environment |= stack.enter_context(ray_nodes(run.parent, nodes))
-        done = subprocess.run(
-            [*start, *script, *settings, f"output_dir={run}"],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command = [*start, *script, *settings, f"output_dir={run}"]
+        with log.open("wb") as file:
+            done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=file)
         summary, steps = read_json(run / "summary.json"), read_metrics(run)
         machine = read_json(run / "environment.json")
         left = sorted([*run.glob("stage-times-*.json"), *run.glob("step-profile.json")])
         seen = {path.stem: read_json(path) for path in left}
     if done.returncode:
-        print(done.stdout[-3000:] + service_log())
+        output = log.read_text(errors="replace")
+        print(output[-3000:] + service_log())
         summary.setdefault("status", "failed")  # before it began
-        summary.setdefault("error", next((x for x in done.stdout.splitlines() if "error:" in x), "see the output"))
+        summary.setdefault("error", next((x for x in output.splitlines() if "error:" in x), "see the output"))
     return {
         "project": case.project or project,
         "case": name,
@@ -149,6 +148,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="behind the settings of every case")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each case prints, in NAME.log there")
     arguments = parser.parse_args()
 
     beginnings = tuple(name for name in arguments.only if name not in cases)
@@ -171,11 +171,13 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         "weights": "random, of the published shapes" if arguments.model else "the published ones",
         "text": arguments.text_is if arguments.text else "the data set of config.yaml",
     }
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="bench-"))
+    for folder in (arguments.results, logs):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def record_case(name: str) -> None:
         start = time.perf_counter()
-        record = run_case(project, name, chosen[name], settings, arguments.shares) | {
+        record = run_case(project, name, chosen[name], settings, arguments.shares, logs / f"{name}.log") | {
             "matmul_ceiling_tflops": ceiling,
             **source,
         }
@@ -190,6 +192,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
             flush=True,
         )
 
+    print(f"what the cases print: {logs}")
     with multi_process_service() if arguments.shares and not arguments.turns else contextlib.nullcontext():
         ceiling = measured_ceiling(arguments.shares)
         print(f"measured bf16 matrix-product ceiling: {ceiling} TFLOP/s")
