@@ -20,6 +20,7 @@ if "--text" in sys.argv:  # config.yaml's columns are Dolly's
     COMMON += ["data.prompt_column=prompt", "data.response_column=response", "data.prompt_template={prompt}\n"]
 T4 = [*COMMON, "train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.global_batch_size=16"]
 SPEED = [*COMMON, "train.precision=bf16", "train.global_batch_size=128", "train.micro_batch_size=8"]
+PROFILE = "bench/step_profile.py"
 PACKED = f"foundry.packing_ratio={ROWS}"
 # pytorch-fsdp cuts the same rows into full blocks; its config.yaml is for texts.
 FSDP = ["data.format=prompt-response", "data.packing=wrapped"]
@@ -41,12 +42,14 @@ CASES = {
         "LLM Foundry, fp16, micro-batch 1, packed", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True
     ),
     "speed-t4-settings-fsdp": fsdp("`pytorch-fsdp`, full blocks", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True),
-    # The same two with bench/step_profile.py looking on: where a step goes.
-    "profile": foundry(
-        "LLM Foundry", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True, through="bench/step_profile.py"
-    ),
-    "profile-fsdp": fsdp(
-        "`pytorch-fsdp`", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True, through="bench/step_profile.py"
+    # Where a step of these two goes. LLM Foundry leaves gathering ahead to FSDP2, as prefetch=0 does.
+    "profile": foundry("LLM Foundry", [*T4, PACKED, "train.micro_batch_size=1"], as_t4=True, through=PROFILE),
+    "profile-fsdp": fsdp("`pytorch-fsdp`", [*T4, *FSDP, "train.micro_batch_size=1"], as_t4=True, through=PROFILE),
+    "profile-fsdp-no-prefetch": fsdp(
+        "`pytorch-fsdp`, fsdp.prefetch=0",
+        [*T4, *FSDP, "train.micro_batch_size=1", "fsdp.prefetch=0"],
+        as_t4=True,
+        through=PROFILE,
     ),
     "speed-2gpu": foundry("LLM Foundry, bf16, micro-batch 8, packed", [*SPEED, PACKED]),
     "speed-2gpu-padded": foundry("the same, one row a sequence", SPEED),
