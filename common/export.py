@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 FILE_SIZE = "1GB"  # of a safetensors file, and so of what the main process holds at a time
@@ -55,3 +56,26 @@ def write_model(model: PreTrainedModel, folder: Path, is_main: bool, gather: Cal
     if is_main and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def export(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    is_main: bool = True,
+    gather: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> None:
+    """Write model, tokenizer and model card in the place of `folder`, which is a whole one or none at any time.
+
+    Every rank calls this; `gather` as in `write_model`.
+    """
+    partial = folder.with_name(f".writing-{folder.name}")
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    write_model(model, partial, is_main, gather)
+    if is_main:
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from common import report
 from common.config import BaseConfig, save_config
 from common.errors import UserError
-from common.export import write_model
+from common.export import export
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
@@ -157,16 +157,8 @@ class RunFolder:
 
         Every rank calls this. `gather` gives the whole of a sharded tensor; it may be a collective.
         """
-        partial = self.path / ".writing-model"
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        write_model(model, partial, self.is_main, gather)
-        if not self.is_main:
-            return
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(self.cfg, self.summarize("completed")), encoding="utf-8")
-        shutil.rmtree(self.model, ignore_errors=True)
-        partial.rename(self.model)
+        card = model_card(self.cfg, self.summarize("completed")) if self.is_main else ""
+        export(self.model, model, tokenizer, card, self.is_main, gather)
 
     def finish(self, status: str, reason: str | None = None, **figures) -> None:
         """The training is over: `completed`, `interrupted` (and why), or `stopped` by a search. Summary, plots, upload.

@@ -6,7 +6,6 @@ A run that ends by itself has exported already; this is for one that was stopped
     python deepspeed-pipeline/export.py checkpoint.resume=runs/x/checkpoints/step-00000100      # any other
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from common import models
 from common.checkpoints import Checkpoints
 from common.config import parse_config
 from common.errors import UserError, run
-from common.export import write_model
+from common.export import export
 from common.hub import model_card
 
 
@@ -38,13 +37,8 @@ def main() -> None:
         read_state(folder / "state", "masters", names[parameter], whole.view(-1))
         return whole
 
-    partial = output / ".writing-model"
-    shutil.rmtree(partial, ignore_errors=True)
-    write_model(model, partial, True, read)
-    models.load_tokenizer(cfg.model).save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(cfg, {"project": PROJECT, "steps": step}), encoding="utf-8")
-    shutil.rmtree(output / "model", ignore_errors=True)
-    partial.rename(output / "model")
+    card = model_card(cfg, {"project": PROJECT, "steps": step})
+    export(output / "model", model, models.load_tokenizer(cfg.model), card, gather=read)
     print(f"The model of step {step} is in {output / 'model'}")
 
 
