@@ -33,7 +33,8 @@ TRIALS = [
     "checkpoint.every=108",
 ]
 ASHA, NONE = "search.scheduler=asha", "search.scheduler=none"
-NINE, SIX, HALF = "search.trials=9", "search.trials=6", "search.gpus_per_trial=0.5"
+SIX, NINE, SIXTEEN = "search.trials=6", "search.trials=9", "search.trials=16"
+HALF = "search.gpus_per_trial=0.5"
 
 
 def search(label: str, *settings: str, gpus: int = 2) -> Case:
@@ -44,6 +45,8 @@ def search(label: str, *settings: str, gpus: int = 2) -> Case:
 CASES = {
     "asha": search("nine trials, ASHA", ASHA, NINE),
     "none": search("the same trials, no early stopping", NONE, NINE),
+    "sixteen-asha": search("sixteen trials, ASHA", ASHA, SIXTEEN),
+    "sixteen-none": search("the same trials, no early stopping", NONE, SIXTEEN),
     "six-asha": search("six trials, ASHA", ASHA, SIX),
     "1gpu-asha": search("nine trials, two at a time on one GPU, ASHA", ASHA, NINE, HALF, gpus=1),
     "1gpu-none": search("the same trials, no early stopping", NONE, NINE, HALF, gpus=1),

@@ -271,6 +271,40 @@ def pipeline_headline(folder: Path, name: str) -> str:
     )
 
 
+def profile_table(folder: Path, *names: str) -> str:
+    """Where a step of rank 0 goes, by bench/step_profile.py."""
+    records = read(folder, *names)
+    seconds = lambda key: lambda r: f"{r['step-profile'][key]:.2f}"  # noqa: E731
+    columns = {
+        "seconds": lambda r: r["label"],
+        "step": seconds("step"),
+        "exchange": seconds("exchange"),
+        "compute alone": seconds("only_compute"),
+        "neither": seconds("idle"),
+        "longest pause between exchanges": seconds("longest_pause"),
+    }
+    return table(records, columns, limited(records))
+
+
+def search_table(folder: Path, *names: str) -> str:
+    """What a search of ray-tune on GPUs took and found."""
+    records = read(folder, *names)
+    found = lambda text: lambda r: text.format(**r["summary"]["search"])  # noqa: E731
+    columns = {
+        "search": lambda r: r["label"],
+        "steps a trial": lambda r: r["settings"]["train.max_steps"],
+        "stopped": found("{stopped}"),
+        "device seconds": found("{device_seconds:.0f}"),
+        "seconds": found("{wall_seconds:.0f}"),
+        "devices busy": found("{devices_busy:.0%}"),
+        "best": found("{best}"),
+        "its held-out loss": found("{best_eval_loss:.4f}"),
+        "the default's": found("{default_eval_loss:.4f}"),
+        "its GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
+    }
+    return table(records, columns, limited(records))
+
+
 def early_stopping_table(folder: Path, name: str) -> str:
     """ray-tune's rule replayed on whole curves: a row for each space, number of trials and first rung."""
     (r,) = read(folder, name)
@@ -425,11 +459,13 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
     "deepspeed-pipeline headline": (pipeline_headline, "2-stages-micro-16"),
     "llm-foundry-finetune speed": (foundry_table, "speed-t4-settings", "speed-t4-settings-fsdp"),
+    "llm-foundry-finetune profile": (profile_table, "profile", "profile-fsdp"),
     "llm-foundry-finetune headline": (foundry_headline, "speed-t4-settings"),
     "ray-train speed": (ray_train_table, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train four GPUs": (ray_train_table, "4gpu-micro-4"),
     "ray-train headline": (ray_train_headline, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
+    "ray-tune search": (search_table, "asha", "none", "sixteen-asha"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
