@@ -290,11 +290,17 @@ def search_table(folder: Path, *names: str) -> str:
     """What a search of ray-tune on GPUs took and found."""
     records = read(folder, *names)
     found = lambda text: lambda r: text.format(**r["summary"]["search"])  # noqa: E731
+
+    def held(r: dict) -> str:
+        search = r["summary"]["search"]
+        return f"{search['devices'] * search['wall_seconds'] * search['devices_busy']:.0f}"
+
     columns = {
         "search": lambda r: r["label"],
         "steps a trial": lambda r: r["settings"]["train.max_steps"],
         "stopped": found("{stopped}"),
-        "device seconds": found("{device_seconds:.0f}"),
+        "device seconds": held,
+        "of these training": found("{device_seconds:.0f}"),
         "seconds": found("{wall_seconds:.0f}"),
         "devices busy": found("{devices_busy:.0%}"),
         "best": found("{best}"),
