@@ -7,7 +7,8 @@ writes `config.json` (the published architecture) and a byte-level BPE tokenizer
 
     python bench/real_shapes.py --weights FOLDER
 
-adds random weights in bf16, as most are published: a run then reads them as it would read those of the Hub.
+adds random weights in bf16, as most are published: a run then reads them as it would read those of the Hub. They are
+the same each time on one kind of device, so that runs of different days compare.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def write_weights(folder: Path) -> None:
+    torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws a billion values in half a minute
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     model.bfloat16().save_pretrained(folder)

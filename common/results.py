@@ -286,19 +286,20 @@ def profile_table(folder: Path, *names: str) -> str:
     return table(records, columns, limited(records))
 
 
+def held_seconds(r: dict) -> float:
+    """Device seconds that a search's trials took; they hold their devices for longer than they train."""
+    search = r["summary"]["search"]
+    return search["devices"] * search["wall_seconds"] * search["devices_busy"]
+
+
 def search_table(folder: Path, *names: str) -> str:
-    """What a search of ray-tune on GPUs took and found; trials hold their devices for longer than they train."""
+    """What a search of ray-tune on GPUs took and found."""
     records = read(folder, *names)
-
-    def held(r: dict) -> str:
-        search = r["summary"]["search"]
-        return f"{search['devices'] * search['wall_seconds'] * search['devices_busy']:.0f}"
-
     columns = {
         "search": lambda r: r["label"],
         "steps a trial": lambda r: r["settings"]["train.max_steps"],
         "stopped": figure("{search[stopped]}"),
-        "device seconds": held,
+        "device seconds": lambda r: f"{held_seconds(r):.0f}",
         "of these training": figure("{search[device_seconds]:.0f}"),
         "seconds": figure("{search[wall_seconds]:.0f}"),
         "devices busy": figure("{search[devices_busy]:.0%}"),
@@ -341,15 +342,19 @@ def early_stopping_table(folder: Path, name: str) -> str:
     return table(rows, columns, caption)
 
 
-def early_stopping_headline(folder: Path, name: str) -> str:
-    """What the shipped embedded search takes of the steps of one without early stopping, over all draws."""
-    (r,) = read(folder, name)
+def early_stopping_headline(folder: Path, replayed: str, *names: str) -> str:
+    """What early stopping takes of a search without it: on a GPU, and replayed for the shipped embedded search."""
+    r, stopped, whole = read(folder, replayed, *names)
+    searches = [x["summary"]["search"] for x in (stopped, whole)]
+    best = "the same best" if searches[0]["best"] == searches[1]["best"] else "another best"
+    taken = held_seconds(stopped) / held_seconds(whole)
     real = r["searches"][0]
     wanted = {key: real[key] for key in ("trials", "grace_period", "reduction_factor")}
     row = next(row for row in r["replays"]["smoke.yaml"] if wanted.items() <= row.items())["ours"]
     return (
-        f"{row['share']:.0%} of the steps of a search without early stopping, the same best within noise in "
-        f"{row['best_within_noise']} of {len(r['seeds'])} draws (embedded model, CPU)"
+        f"early stopping takes {taken:.0%} of the device seconds of {searches[1]['trials']} trials on "
+        f"{gpus_of(stopped)}, {best}; {row['share']:.0%} of the steps of {real['trials']} with the embedded model, "
+        f"the same best within noise in {row['best_within_noise']} of {len(r['seeds'])} draws"
     )
 
 
@@ -464,15 +469,20 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
     "deepspeed-pipeline headline": (pipeline_headline, "2-stages-micro-16"),
     "llm-foundry-finetune speed": (foundry_table, "speed-t4-settings", "speed-t4-settings-fsdp"),
-    "llm-foundry-finetune profile": (profile_table, "profile", "profile-fsdp"),
+    "llm-foundry-finetune profile": (
+        profile_table,
+        "profile",
+        "profile-fsdp",
+        "profile-fsdp-no-prefetch",
+    ),
     "llm-foundry-finetune headline": (foundry_headline, "speed-t4-settings"),
     "ray-train speed": (ray_train_table, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train four GPUs": (ray_train_table, "4gpu-micro-4"),
     "ray-train headline": (ray_train_headline, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
-    "ray-tune search": (search_table, "asha", "none", "sixteen-asha"),
+    "ray-tune search": (search_table, "six-asha", "asha", "none", "sixteen-asha", "sixteen-none", "1gpu-six-asha"),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
-    "ray-tune headline": (early_stopping_headline, "early-stopping"),
+    "ray-tune headline": (early_stopping_headline, "early-stopping", "sixteen-asha", "sixteen-none"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
 }
 
