@@ -5,8 +5,9 @@
     python bench/ray_tune.py --only asha                         # cases whose names begin so
 
 The same trials with early stopping and without it, one a GPU, each GPU limited to what a T4 has. A record's
-`summary.search` has the device seconds, how busy the devices were, and the best loss. The attention kernels are those
-of this machine's GPU: bench/as_t4.py reaches only the process that it starts, and Ray starts the trials.
+`summary.search` has the device seconds of training, how busy the devices were, and the best loss. The attention
+kernels are those of this machine's GPU: bench/as_t4.py reaches only the process that it starts, and Ray starts the
+trials.
 """
 
 from cases import Case, measure
