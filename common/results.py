@@ -70,6 +70,11 @@ def figure(text: str) -> Callable[[dict], str]:
     return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
 
 
+def entry(text: str) -> Callable[[dict], str]:
+    """A column of what stands in the record beside its summary."""
+    return lambda r: text.format(**r)
+
+
 def speed(r: dict) -> float:
     return r["summary"]["tokens_per_second"]
 
@@ -243,12 +248,11 @@ def pipeline_table(folder: Path, *names: str) -> str:
 def stage_costs_table(folder: Path, name: str) -> str:
     """What layers and head take by micro-batch, and the stages that follow."""
     (r,) = read(folder, name)
-    milliseconds = lambda key: lambda case: f"{case['milliseconds'][key]:.1f}"  # noqa: E731
     columns = {
         "rows": lambda case: case["rows"],
-        "embedding, ms": milliseconds("embedding"),
-        "a layer, ms": milliseconds("layer"),
-        "head and loss, ms": milliseconds("head"),
+        "embedding, ms": entry("{milliseconds[embedding]:.1f}"),
+        "a layer, ms": entry("{milliseconds[layer]:.1f}"),
+        "head and loss, ms": entry("{milliseconds[head]:.1f}"),
         "head in layers": lambda case: f"{case['milliseconds']['head'] / case['milliseconds']['layer']:.1f}",
         "two stages": lambda case: " / ".join(map(str, case["layers"]["2"])),
         "four stages": lambda case: " / ".join(map(str, case["layers"]["4"])),
@@ -274,14 +278,13 @@ def pipeline_headline(folder: Path, name: str) -> str:
 def profile_table(folder: Path, *names: str) -> str:
     """Where a step of rank 0 goes, by bench/step_profile.py."""
     records = read(folder, *names)
-    seconds = lambda key: lambda r: f"{r['step-profile'][key]:.2f}"  # noqa: E731
     columns = {
         "seconds": lambda r: r["label"],
-        "step": seconds("step"),
-        "exchange": seconds("exchange"),
-        "compute alone": seconds("only_compute"),
-        "neither": seconds("idle"),
-        "longest pause between exchanges": seconds("longest_pause"),
+        "step": entry("{step-profile[step]:.2f}"),
+        "exchange": entry("{step-profile[exchange]:.2f}"),
+        "compute alone": entry("{step-profile[only_compute]:.2f}"),
+        "neither": entry("{step-profile[idle]:.2f}"),
+        "longest pause between exchanges": entry("{step-profile[longest_pause]:.2f}"),
     }
     return table(records, columns, limited(records))
 
@@ -326,13 +329,13 @@ def early_stopping_table(folder: Path, name: str) -> str:
         "space": lambda row: row["space"],
         "trials": lambda row: row["trials"],
         "first rung": lambda row: row["grace_period"],
-        "steps taken": lambda row: f"{row['ours']['share']:.0%}",
-        "most": lambda row: f"{row['ours']['largest_share']:.0%}",
-        "at most half": lambda row: f"{row['ours']['at_most_half']}",
-        "best found": lambda row: f"{row['ours']['best_found']}",
-        "or within noise": lambda row: f"{row['ours']['best_within_noise']}",
-        "loss missed": lambda row: f"{row['ours']['missed']:.3f}",
-        "at worst": lambda row: f"{row['ours']['most_missed']:.3f}",
+        "steps taken": entry("{ours[share]:.0%}"),
+        "most": entry("{ours[largest_share]:.0%}"),
+        "at most half": entry("{ours[at_most_half]}"),
+        "best found": entry("{ours[best_found]}"),
+        "or within noise": entry("{ours[best_within_noise]}"),
+        "loss missed": entry("{ours[missed]:.3f}"),
+        "at worst": entry("{ours[most_missed]:.3f}"),
     }
     caption = (
         f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: "
@@ -342,17 +345,17 @@ def early_stopping_table(folder: Path, name: str) -> str:
     return table(rows, columns, caption)
 
 
-def early_stopping_headline(folder: Path, replayed: str, *names: str) -> str:
+def early_stopping_headline(folder: Path, replays: str, with_it: str, without: str) -> str:
     """What early stopping takes of a search without it: on a GPU, and replayed for the shipped embedded search."""
-    r, stopped, whole = read(folder, replayed, *names)
-    searches = [x["summary"]["search"] for x in (stopped, whole)]
-    best = "the same best" if searches[0]["best"] == searches[1]["best"] else "another best"
+    r, stopped, whole = read(folder, replays, with_it, without)
+    search, whole_search = stopped["summary"]["search"], whole["summary"]["search"]
+    best = "the same best" if search["best"] == whole_search["best"] else "another best"
     taken = held_seconds(stopped) / held_seconds(whole)
     real = r["searches"][0]
     wanted = {key: real[key] for key in ("trials", "grace_period", "reduction_factor")}
     row = next(row for row in r["replays"]["smoke.yaml"] if wanted.items() <= row.items())["ours"]
     return (
-        f"early stopping takes {taken:.0%} of the device seconds of {searches[1]['trials']} trials on "
+        f"early stopping takes {taken:.0%} of the device seconds of {search['trials']} trials on "
         f"{gpus_of(stopped)}, {best}; {row['share']:.0%} of the steps of {real['trials']} with the embedded model, "
         f"the same best within noise in {row['best_within_noise']} of {len(r['seeds'])} draws"
     )
@@ -469,12 +472,7 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "deepspeed-pipeline costs": (stage_costs_table, "stage-costs"),
     "deepspeed-pipeline headline": (pipeline_headline, "2-stages-micro-16"),
     "llm-foundry-finetune speed": (foundry_table, "speed-t4-settings", "speed-t4-settings-fsdp"),
-    "llm-foundry-finetune profile": (
-        profile_table,
-        "profile",
-        "profile-fsdp",
-        "profile-fsdp-no-prefetch",
-    ),
+    "llm-foundry-finetune profile": (profile_table, "profile", "profile-fsdp", "profile-fsdp-no-prefetch"),
     "llm-foundry-finetune headline": (foundry_headline, "speed-t4-settings"),
     "ray-train speed": (ray_train_table, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train four GPUs": (ray_train_table, "4gpu-micro-4"),
