@@ -1,14 +1,33 @@
 """What several test files share."""
 
 import contextlib
+import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ("qwen2", "llama", "opt", "bloom")
+
+
+def pytest_configure(config):
+    """Make the folder that all processes of this test session share, with the stand-ins for Python (warm_python.py)."""
+    if not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
+        session = Path(tempfile.mkdtemp(prefix="tests-", dir="/tmp"))  # a socket's path must be short
+        os.environ["TEST_SESSION"] = str(session)
+        warm_python.make_bin(session / "warm/main", Path(sys.executable))
+        warm_python.make_bin(session / "warm/foundry", REPOSITORY / ".venv-foundry/bin/python")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("TEST_SESSION"), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,13 @@
-"""Start a project as its user does, and read what it left behind."""
+"""Start a project as its user does, and read what it left behind.
+
+`run` and `start` go through the project's launch.sh and the framework's own launcher. The Python that these find is
+the stand-in of warm_python.py, which has imported the libraries already; with `cold=True` it is the real interpreter,
+as a user has it. Tests that stop or kill a run are cold, and compare it with a warm one: so both give the same losses.
+"""
 
 import contextlib
+import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -65,30 +72,52 @@ def assert_close(ours, theirs, relative):
         assert a == pytest.approx(b, rel=relative), f"step {step}"
 
 
-def environment(**variables: str) -> dict[str, str]:
+SESSION = Path(os.environ["TEST_SESSION"])  # what the processes of one test session share; made by conftest.py
+PYTHON = str(SESSION / "warm/main/bin/python")
+FOUNDRY = "llm-foundry-finetune"
+
+
+def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
     """This process's environment, with the repository's code first, one thread a process and no Hub token of ours."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "MLFLOW_"))}
-    path = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    return (
-        kept
-        | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
-        | variables
-    )
+    python = sys.executable if cold else PYTHON
+    own = {
+        "PATH": f"{Path(python).parent}:{kept['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "VIRTUAL_ENV": sys.prefix,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as launch.sh sets it: one zygote serves runs with and without a launcher
+    }
+    return kept | own | variables
 
 
-def command(project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml") -> list[str]:
+def command(
+    project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", cold: bool = False
+) -> list[str]:
     """With one process plain `python train.py`; with more, and where this environment will not do, launch.sh."""
-    by_hand = processes == 1 and project != "llm-foundry-finetune"
-    start = [sys.executable, f"{project}/train.py"] if by_hand else [f"{project}/launch.sh"]
+    script = f"{project}/train.py"
+    if project == FOUNDRY and not cold:  # what its launch.sh starts, which would find the environment's own Python
+        launcher = [str(SESSION / "warm/foundry/bin/python"), f"{FOUNDRY}/composer_launcher.py", "-n", str(processes)]
+        start = [*launcher, str(REPOSITORY / script)]
+    elif processes == 1 and project != FOUNDRY:
+        start = [sys.executable if cold else PYTHON, script]
+    else:
+        start = [f"{project}/launch.sh"]
     return [*start, "--config", config, *settings]
 
 
-def start(project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", **variables: str):
+def start(
+    project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", cold: bool = False, **variables: str
+):
     """The running process; its output is merged."""
+    if project == FOUNDRY and not cold:  # as launch.sh sets them
+        own = SESSION / "warm/foundry/bin"
+        variables = {"PYTHONWARNINGS": "ignore", "VIRTUAL_ENV": str(REPOSITORY / ".venv-foundry"),
+                     "PATH": f"{own}:{REPOSITORY / '.venv-foundry/bin'}:{os.environ['PATH']}"} | variables  # fmt: skip
     return subprocess.Popen(
-        command(project, *settings, processes=processes, config=config),
+        command(project, *settings, processes=processes, config=config, cold=cold),
         cwd=REPOSITORY,
-        env=environment(NPROC_PER_NODE=str(processes), **variables),
+        env=environment(cold=cold, NPROC_PER_NODE=str(processes), **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -101,6 +130,27 @@ def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
     output, _ = process.communicate(timeout=500)
     assert process.returncode == exit_code, output
     return output
+
+
+def finished_run(project: str, *settings: str, **options) -> Path:
+    """The folder of a run with these settings, which is made once a session, by the first test that asks for it.
+
+    Only to be read: copy it, or give another output_dir, where a test goes on from it.
+    """
+    key = hashlib.sha1(json.dumps([project, settings, options], sort_keys=True).encode()).hexdigest()[:12]
+    folder = SESSION / "runs" / f"{project}-{key}"
+    folder.parent.mkdir(exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := Path(f"{folder}.log")).exists():
+            output = run(project, *settings, f"output_dir={folder / 'run'}", **options)
+            done.write_text(output)
+    return folder / "run"
+
+
+def output_of(run_dir: Path) -> str:
+    """What a `finished_run` printed."""
+    return Path(f"{run_dir.parent}.log").read_text()
 
 
 def run_on_two_machines(project: str, *settings: str) -> None:
