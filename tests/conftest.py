@@ -5,14 +5,17 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import warm_python
 
 from common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PATIENCE = 15  # seconds
 FAMILIES = ("qwen2", "llama", "opt", "bloom")
 
 
@@ -28,6 +31,43 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop("TEST_SESSION"), ignore_errors=True)
+
+
+def _started_here() -> dict[int, psutil.Process]:
+    """The running processes of this test session: launchers, ranks, Ray; without pytest's own and the zygotes."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_ours = process.environ().get("TEST_SESSION") == os.environ["TEST_SESSION"]
+            in_worker = process.environ().get("PYTEST_XDIST_WORKER") == os.environ.get("PYTEST_XDIST_WORKER")
+            ended = process.status() == psutil.STATUS_ZOMBIE
+            if is_ours and in_worker and not ended and process.pid not in own and "--zygote" not in process.cmdline():
+                found[process.pid] = process
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(request):
+    """A test that starts processes fails if one of them is running PATIENCE seconds after its end."""
+    if not request.node.get_closest_marker("slow"):
+        yield
+        return
+    before = _started_here()  # a cluster that the tests of a module share, say, with what it will start
+    yield
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        left = [p for pid, p in _started_here().items() if pid not in before and not _below(p, before)]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert not left, [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+
+
+def _below(process: psutil.Process, others: dict[int, psutil.Process]) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(parent.pid in others for parent in process.parents())
+    return True  # it has ended
 
 
 @contextlib.contextmanager
@@ -63,19 +103,22 @@ def hub(hub_root):
 
 
 @pytest.fixture(scope="session")
-def untied(tmp_path_factory) -> str:
+def untied() -> str:
     """A model folder with an output head of its own: its weights are read from a file."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from launching import made_once
 
-    from common import models
-    from common.config import ModelConfig
+    def make(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("untied")
-    shape = models.load_model_config(ModelConfig("tiny:llama"))
-    shape.tie_word_embeddings = False
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
-    models.load_tokenizer(ModelConfig("tiny:llama")).save_pretrained(folder)
-    return str(folder)
+        from common import models
+        from common.config import ModelConfig
+
+        shape = models.load_model_config(ModelConfig("tiny:llama"))
+        shape.tie_word_embeddings = False
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+        models.load_tokenizer(ModelConfig("tiny:llama")).save_pretrained(folder)
+
+    return str(made_once("untied", make))

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -86,6 +86,7 @@ def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,
+        "RAY_worker_niceness": "0",  # Ray's default of 15 leaves its workers nothing beside other tests
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # as launch.sh sets it: one zygote serves runs with and without a launcher
     }
     return kept | own | variables
@@ -132,25 +133,34 @@ def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
     return output
 
 
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` of this test session, which the first test that asks for it makes."""
+    folder = SESSION / "made" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / ".made").exists():
+            make(folder)
+            (folder / ".made").touch()
+    return folder
+
+
 def finished_run(project: str, *settings: str, **options) -> Path:
     """The folder of a run with these settings, which is made once a session, by the first test that asks for it.
 
     Only to be read: copy it, or give another output_dir, where a test goes on from it.
     """
-    key = hashlib.sha1(json.dumps([project, settings, options], sort_keys=True).encode()).hexdigest()[:12]
-    folder = SESSION / "runs" / f"{project}-{key}"
-    folder.parent.mkdir(exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (done := Path(f"{folder}.log")).exists():
-            output = run(project, *settings, f"output_dir={folder / 'run'}", **options)
-            done.write_text(output)
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        (folder / "output.txt").write_text(run(project, *settings, f"output_dir={folder / 'run'}", **options))
+
+    key = hashlib.sha1(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:12]
+    return made_once(f"{project}-{key}", make) / "run"
 
 
 def output_of(run_dir: Path) -> str:
     """What a `finished_run` printed."""
-    return Path(f"{run_dir.parent}.log").read_text()
+    return (run_dir.parent / "output.txt").read_text()
 
 
 def run_on_two_machines(project: str, *settings: str) -> None:
@@ -205,11 +215,14 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: 
     raise AssertionError(f"step {step} was not reached")
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL the launcher and everything below it at once."""
+def kill_at_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """SIGKILL the launcher and everything below it as soon as the run has logged `step`."""
+    wait_for_step(process, run_dir, 1)  # by then all of its processes are there; to list them takes some steps' time
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    wait_for_step(process, run_dir, step)
     for member in family:
-        member.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     psutil.wait_procs(family, timeout=30)
     process.communicate()
 
@@ -222,7 +235,7 @@ def ray_nodes(home: Path, *resources: list[str]) -> Iterator[dict[str, str]]:
     """
     variables = environment()
     variables.pop("PYTHONPATH")  # workers get `common` from Ray
-    with shares.ray_nodes(home, [(options, variables) for options in resources]) as cluster:
+    with shares.ray_nodes(home, [(options, variables) for options in resources], PYTHON) as cluster:
         yield cluster
 
 
@@ -237,7 +250,7 @@ print(ray.get(holder.there.remote()), flush=True)
 sys.stdin.read()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [PYTHON, "-c", script],
         env=environment(**cluster),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -15,7 +15,8 @@ from launching import (
     assert_close,
     curve,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     load_train,
     losses,
     metrics,
@@ -98,10 +99,9 @@ RESUME = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """The run that the killed ones must equal."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run(PROJECT, *RESUME, f"output_dir={folder}")
+    folder = finished_run(PROJECT, *RESUME)
     assert len(losses(folder)) == 40
     return folder
 
@@ -109,11 +109,10 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 18, 32], ids="killed-at-{}".format)
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path, step):
-    settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
-    wait_for_step(process, tmp_path, step)
-    kill_all(process)
-    output = run(PROJECT, *settings)
+    settings, cold = [*RESUME, f"output_dir={tmp_path}"], step == 18
+    process = start(PROJECT, *settings, cold=cold)
+    kill_at_step(process, tmp_path, step)
+    output = run(PROJECT, *settings, cold=cold)
     assert ("Going on from the checkpoint" in output) == (step >= 5)
     assert curve(tmp_path) == curve(undisturbed)
     epochs = [record["epoch"] for record in metrics(tmp_path) if "epoch" in record]
@@ -123,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     settings = [*RESUME, "checkpoint.every=0", f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
+    process = start(PROJECT, *settings, cold=True)
     wait_for_step(process, tmp_path, 12)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -236,7 +235,7 @@ def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, mistake):
 
 @pytest.mark.slow
 def test_two_processes_report_a_mistake_once(tmp_path):
-    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", "data.prompt_column=question", exit_code=2)
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", "data.prompt_column=question", exit_code=2, cold=True)
     assert "data.prompt_column=question" in error_line(output)
     assert output.count("question") == 1
     # Only rank 0 looks at the output folder: the other rank meets it as a lost connection, and must not report that.

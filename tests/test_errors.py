@@ -1,10 +1,9 @@
 """One line for a mistake that all ranks meet, whichever of them meets it first."""
 
 import subprocess
-import sys
 
 import pytest
-from launching import environment, error_line
+from launching import PYTHON, environment, error_line
 
 SCRIPT = """
 import os, sys, time
@@ -28,7 +27,7 @@ def test_two_ranks_say_it_once(tmp_path, lags):
     script = tmp_path / "mistaken.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", "2", str(script), *lags],
+        [PYTHON, "-m", "common.torchrun", "--standalone", "--nproc_per_node", "2", str(script), *lags],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

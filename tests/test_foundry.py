@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,14 +14,18 @@ import yaml
 from conftest import REPOSITORY
 from datasets import Dataset
 from launching import (
+    PYTHON,
     SMOKE,
     assert_close,
     curve,
     environment,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     losses,
+    made_once,
     metrics,
+    output_of,
     project_modules,
     run,
     run_on_two_machines,
@@ -66,16 +69,15 @@ def write_model(name: str, folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> str:
-    return write_model("tiny:opt", tmp_path_factory.mktemp("base"))
+def base() -> str:
+    return str(made_once("foundry-base", lambda folder: write_model("tiny:opt", folder)))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, base):
+def undisturbed(base):
     """The run that the others must equal."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    output = run(PROJECT, *RUN, f"model.name={base}", f"output_dir={folder}")
-    assert "Traceback" not in output and output.count("Step 0: held-out loss") == 1
+    folder = finished_run(PROJECT, *RUN, f"model.name={base}")
+    assert "Traceback" not in output_of(folder) and output_of(folder).count("Step 0: held-out loss") == 1
     return folder
 
 
@@ -118,9 +120,8 @@ def test_one_process_trains_as_ddp_does(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses(undisturbed, base, tmp_path):
     settings = [*RUN, f"model.name={base}", f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
-    wait_for_step(process, tmp_path, 18)
-    kill_all(process)
+    process = start(PROJECT, *settings, cold=True)
+    kill_at_step(process, tmp_path, 18)
     output = run(PROJECT, *settings)
     assert "Going on from the checkpoint of step" in output
     assert curve(tmp_path) == curve(undisturbed)
@@ -184,7 +185,7 @@ def test_a_model_without_fused_attention_learns_dates_as_ddp_does(tmp_path):
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_a_damaged_checkpoint_is_passed_over(undisturbed, base, tmp_path):
     settings = [*RUN, f"model.name={base}", f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
+    process = start(PROJECT, *settings, cold=True)
     wait_for_step(process, tmp_path, 12)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
@@ -213,7 +214,7 @@ def test_the_export_is_the_trained_model_and_a_finished_run_says_so(undisturbed,
     written = json.loads((undisturbed / "model/config.json").read_text())
     assert written["architectures"] == ["OPTForCausalLM"] and str(base) not in json.dumps(written)
     done = subprocess.run(
-        [sys.executable, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RUN, f"model.name={base}",
+        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RUN, f"model.name={base}",
          f"output_dir={undisturbed}", "eval.samples=0", "eval.generate_rows=0"],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
     )  # fmt: skip

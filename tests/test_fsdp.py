@@ -3,20 +3,21 @@
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import REPOSITORY
 from launching import (
     EQUAL,
+    PYTHON,
     SMOKE,
     STEPS,
     assert_close,
     curve,
     environment,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     load_train,
     losses,
     metrics,
@@ -34,25 +35,15 @@ from common.config import ModelConfig, load_config
 PROJECT = "pytorch-fsdp"
 
 
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory, untied):
+def ddp(name: str) -> list[tuple[float, float]]:
     """(loss, gradient norm) by step of pytorch-ddp in one process, which equals a plain loop (test_ddp.py)."""
-    curves = {}
-
-    def of(name: str) -> list[tuple[float, float]]:
-        if name not in curves:
-            folder = tmp_path_factory.mktemp("ddp")
-            run("pytorch-ddp", *EQUAL, f"model.name={name}", f"output_dir={folder}", processes=1)
-            curves[name] = losses(folder)
-        return curves[name]
-
-    return of
+    return losses(finished_run("pytorch-ddp", *EQUAL, f"model.name={name}", processes=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("weights", ["tied", "untied"])
-def test_losses_and_gradient_norms_are_those_of_ddp(ddp, untied, tmp_path, weights, processes):
+def test_losses_and_gradient_norms_are_those_of_ddp(untied, tmp_path, weights, processes):
     name = "tiny:llama" if weights == "tied" else untied
     run(PROJECT, *EQUAL, f"model.name={name}", f"output_dir={tmp_path}", processes=processes)
     assert len(losses(tmp_path)) == STEPS
@@ -71,7 +62,7 @@ def test_losses_and_gradient_norms_are_those_of_ddp(ddp, untied, tmp_path, weigh
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_options_train_alike(ddp, tmp_path, settings, processes, relative):
+def test_options_train_alike(tmp_path, settings, processes, relative):
     steps = 8
     name = ["model.name=tiny:llama", f"train.max_steps={steps}"]
     run(PROJECT, *EQUAL, *name, *settings, f"output_dir={tmp_path}", processes=processes)
@@ -126,7 +117,7 @@ def test_weights_are_shared_out_and_all_ranks_skip_the_same_fp16_step(tmp_path):
     script.write_text(RANKS)
     arguments = [*SMOKE, "train.max_steps=2", "train.precision=fp16", "data.train_rows=100"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+        [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
          str(REPOSITORY / PROJECT), "--config", "smoke.yaml", *arguments],
         env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -151,10 +142,9 @@ RESUME = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """The run that the others must equal, with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run(PROJECT, *RESUME, f"output_dir={folder}")
+    folder = finished_run(PROJECT, *RESUME)
     assert len(losses(folder)) == 30
     return folder
 
@@ -162,11 +152,10 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 23], ids="killed-at-{}".format)
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path, step):
-    settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
-    wait_for_step(process, tmp_path, step)
-    kill_all(process)
-    output = run(PROJECT, *settings)
+    settings, cold = [*RESUME, f"output_dir={tmp_path}"], step == 23
+    process = start(PROJECT, *settings, cold=cold)
+    kill_at_step(process, tmp_path, step)
+    output = run(PROJECT, *settings, cold=cold)
     assert ("Going on from the checkpoint" in output) == (step >= 5)
     assert curve(tmp_path) == curve(undisturbed)
 
@@ -184,7 +173,7 @@ def test_shards_of_two_ranks_are_read_by_another_number(undisturbed, tmp_path, p
 
 @pytest.mark.slow
 def test_a_stopped_run_saves_its_shards(tmp_path):
-    process = start(PROJECT, *RESUME, "checkpoint.every=0", f"output_dir={tmp_path}")
+    process = start(PROJECT, *RESUME, "checkpoint.every=0", f"output_dir={tmp_path}", cold=True)
     wait_for_step(process, tmp_path, 8)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -208,7 +197,7 @@ def test_the_export_is_the_sharded_model(undisturbed, tmp_path):
         exported = AutoModelForCausalLM.from_pretrained(undisturbed / "model").eval()(ids).logits
         assert torch.equal(exported, trained.eval()(ids).logits)
     done = subprocess.run(
-        [sys.executable, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RESUME, f"output_dir={undisturbed}",
+        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RESUME, f"output_dir={undisturbed}",
          "eval.samples=0", "eval.generate_rows=0"],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
@@ -273,7 +262,7 @@ def model_folder(folder, **changes) -> str:
 def test_two_processes_report_a_model_without_layers_and_one_that_cannot_be_read_once(tmp_path):
     settings = [*SMOKE, "model.random_weights=true", f"output_dir={tmp_path}/run"]
     name = model_folder(tmp_path / "flat", num_hidden_layers=0)
-    line = error_line(run(PROJECT, *settings, f"model.name={name}", exit_code=2))
+    line = error_line(run(PROJECT, *settings, f"model.name={name}", exit_code=2, cold=True))
     assert "no list of decoder layers" in line and "LlamaForCausalLM" in line
     # Only rank 0 reads the weights: the other rank waits for them, and must not report that.
     name = model_folder(tmp_path / "hollow")

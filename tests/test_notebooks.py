@@ -202,7 +202,8 @@ def alone(kind: str, folder: Path) -> Path:
 def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
     command = [*before, sys.executable, "-m", "common.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(**safe), capture_output=True, text=True)
+    variables = environment(cold=bool(before), **safe)
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
 
 
 @pytest.mark.slow

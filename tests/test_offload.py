@@ -14,12 +14,14 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import (
     EQUAL,
+    PYTHON,
     SMOKE,
     assert_close,
     curve,
     environment,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     losses,
     metrics,
     project_modules,
@@ -47,10 +49,9 @@ def modules():
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> list[tuple[float, float]]:
+def ddp() -> list[tuple[float, float]]:
     """Losses and gradient norms of pytorch-ddp: the same model, rows and seed, clipping on."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
+    folder = finished_run("pytorch-ddp", *SAME, processes=1)
     norms = [norm for _, norm in losses(folder)]
     assert min(norms) < 0.65 < max(norms)  # some steps clip, some do not
     return losses(folder)
@@ -100,7 +101,7 @@ def test_torchrun_and_the_deepspeed_command_start_it_too(ddp, tmp_path):
     }
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-m", *launcher, *script, f"output_dir={tmp_path / name}"],
+            [PYTHON, "-m", *launcher, *script, f"output_dir={tmp_path / name}"],
             cwd=REPOSITORY,
             env=environment(DS_ACCELERATOR="cpu"),
             stdout=subprocess.PIPE,
@@ -128,10 +129,9 @@ RESUME = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """The run that the killed and stopped ones must equal; it also has a W&B run, offline."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run(PROJECT, *RESUME, "tracking.backend=wandb", f"output_dir={folder}")
+    folder = finished_run(PROJECT, *RESUME, "tracking.backend=wandb")
     assert len(losses(folder)) == 20
     return folder
 
@@ -169,10 +169,9 @@ def test_a_run_leaves_its_records_and_a_model_with_the_weights_of_the_masters(un
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
-    wait_for_step(process, tmp_path, 14)
-    kill_all(process)
-    output = run(PROJECT, *settings)
+    process = start(PROJECT, *settings, cold=True)
+    kill_at_step(process, tmp_path, 14)
+    output = run(PROJECT, *settings, cold=True)
     assert "Going on from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
@@ -181,7 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     settings = [*RESUME, "checkpoint.every=0", f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
+    process = start(PROJECT, *settings, cold=True)
     wait_for_step(process, tmp_path, 7)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -228,7 +227,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", ["no DeepSpeed settings", "missing column"])
 def test_two_processes_report_a_mistake_once(tmp_path, mistake):
     settings, words = MISTAKES[mistake]
-    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2)
+    cold = mistake == "missing column"
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2, cold=cold)
     line = error_line(output)
     assert all(word in line for word in words), line
     assert "Training:" not in output and not (tmp_path / "metrics.jsonl").exists()

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,12 +12,14 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import (
     EQUAL,
+    PYTHON,
     SMOKE,
     assert_close,
     curve,
     environment,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     losses,
     metrics,
     project_modules,
@@ -50,18 +52,14 @@ def names(untied) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory, names):
+def ddp(names):
     """All records of pytorch-ddp in one process, which equals a plain loop (test_ddp.py)."""
-    found = {}
 
-    def of(kind: str) -> list[dict]:
-        if kind not in found:
-            folder = tmp_path_factory.mktemp("ddp")
-            run("pytorch-ddp", *SAME, f"model.name={names[kind]}", f"output_dir={folder}", processes=1)
-            norms = [norm for _, norm in losses(folder)]
-            assert min(norms) < 0.65 < max(norms)  # some steps clip, some do not
-            found[kind] = folder
-        return found[kind]
+    def of(kind: str) -> Path:
+        folder = finished_run("pytorch-ddp", *SAME, f"model.name={names[kind]}", processes=1)
+        norms = [norm for _, norm in losses(folder)]
+        assert min(norms) < 0.65 < max(norms)  # some steps clip, some do not
+        return folder
 
     return of
 
@@ -160,7 +158,7 @@ def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(ddp, tmp_path
     settings = [*SAME, "model.name=tiny:llama", "train.max_steps=50", f"train.precision={precision}"]
     settings += ["pipeline.stages=2", f"pipeline.ds_config={tmp_path}/ds.json", f"output_dir={tmp_path}/run"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
+        [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
          str(REPOSITORY / PROJECT), "--config", "smoke.yaml", *settings],
         env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -198,10 +196,9 @@ RESUME = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
     """The run of two stages that the others must equal, with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run(PROJECT, *RESUME, "tracking.backend=wandb", f"output_dir={folder}")
+    folder = finished_run(PROJECT, *RESUME, "tracking.backend=wandb")
     assert len(losses(folder)) == 20
     return folder
 
@@ -235,10 +232,9 @@ def test_a_stage_that_dies_ends_the_run(tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings)
-    wait_for_step(process, tmp_path, 14)
-    kill_all(process)
-    output = run(PROJECT, *settings)
+    process = start(PROJECT, *settings, cold=True)
+    kill_at_step(process, tmp_path, 14)
+    output = run(PROJECT, *settings, cold=True)
     assert "Going on from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
@@ -259,7 +255,7 @@ def test_a_checkpoint_of_two_stages_is_read_by_another_grid(undisturbed, tmp_pat
 
 @pytest.mark.slow
 def test_a_stopped_run_saves(tmp_path):
-    process = start(PROJECT, *RESUME, "train.max_steps=200", "checkpoint.every=0", f"output_dir={tmp_path}")
+    process = start(PROJECT, *RESUME, "train.max_steps=200", "checkpoint.every=0", f"output_dir={tmp_path}", cold=True)
     wait_for_step(process, tmp_path, 7)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -274,7 +270,7 @@ def test_a_stopped_run_saves(tmp_path):
 def test_the_export_is_the_pipelines_model(undisturbed, tmp_path):
     """By the run and by export.py from its checkpoint, and against the losses that the pipeline gave."""
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
-    command = [sys.executable, f"{PROJECT}/export.py", "--config", "smoke.yaml", *RESUME]
+    command = [PYTHON, f"{PROJECT}/export.py", "--config", "smoke.yaml", *RESUME]
     done = subprocess.run(
         [*command, "checkpoint.resume=never", f"output_dir={tmp_path}"],  # as the training was started, say
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
@@ -288,7 +284,7 @@ def test_the_export_is_the_pipelines_model(undisturbed, tmp_path):
     assert {p.dtype for p in exported.parameters()} == {torch.float32}
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     done = subprocess.run(
-        [sys.executable, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RESUME, f"output_dir={undisturbed}",
+        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *RESUME, f"output_dir={undisturbed}",
          "eval.samples=0", "eval.generate_rows=0"],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
     )  # fmt: skip

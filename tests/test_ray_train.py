@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,15 +16,18 @@ import torch
 from conftest import REPOSITORY, refused
 from launching import (
     EQUAL,
+    PYTHON,
     SMOKE,
     another_job_with_a_gpu,
     assert_close,
     curve,
     environment,
     error_line,
-    kill_all,
+    finished_run,
+    kill_at_step,
     losses,
     metrics,
+    output_of,
     project_modules,
     ray_nodes,
     run,
@@ -53,7 +55,7 @@ def launcher_run(*settings: str, processes: int = 1) -> None:
     """The loop under torchrun, without a cluster."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
-        [sys.executable, *launcher, f"{PROJECT}/train.py", "--config", "smoke.yaml", *settings],
+        [PYTHON, *launcher, f"{PROJECT}/train.py", "--config", "smoke.yaml", *settings],
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -65,16 +67,22 @@ def launcher_run(*settings: str, processes: int = 1) -> None:
 
 
 @pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The variables of a cluster that several tests use: to start one takes as long as a short run."""
+    with ray_nodes(tmp_path_factory.mktemp("cluster"), ["--num-cpus=2"]) as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
 def modules():
     with project_modules(PROJECT, "ds_settings", "cluster", "partitions", "driver", "train") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def ddp(tmp_path_factory) -> list[tuple[float, float]]:
+def ddp() -> list[tuple[float, float]]:
     """Losses and gradient norms of pytorch-ddp: the same model, rows and seed."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run("pytorch-ddp", *SAME, f"output_dir={folder}", processes=1)
+    folder = finished_run("pytorch-ddp", *SAME, processes=1)
     norms = [norm for _, norm in losses(folder)]
     assert min(norms) < 0.6 < max(norms)
     return losses(folder)
@@ -82,10 +90,10 @@ def ddp(tmp_path_factory) -> list[tuple[float, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 16), (2, 2)])
-def test_losses_and_gradient_norms_are_those_of_ddp(ddp, tmp_path, workers, micro_batch):
+def test_losses_and_gradient_norms_are_those_of_ddp(cluster, ddp, tmp_path, workers, micro_batch):
     """Prompt-masked rows: the ranks have unequal target counts (test_ddp.py). One micro-batch a step, and four."""
     settings = [*SAME, f"train.micro_batch_size={micro_batch}", f"output_dir={tmp_path}"]
-    fit(*settings, *(["ray.workers=1"] if workers == 1 else []), processes=workers)
+    run(PROJECT, *settings, *(["ray.workers=1"] if workers == 1 else []), processes=workers, **cluster)
     assert_close(losses(tmp_path), ddp, 1e-4)
 
 
@@ -120,10 +128,10 @@ RESUME = [
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(cluster):
     """The run that the killed and stopped ones must equal; it also has a W&B run, offline."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    output = fit(*RESUME, "tracking.backend=wandb", f"output_dir={folder}")
+    folder = finished_run(PROJECT, *RESUME, "tracking.backend=wandb", **cluster)
+    output = output_of(folder)
     assert len(losses(folder)) == 20
     assert "20/20" in output and output.count("held-out loss    ") == 1  # the bar is shown, and each line once
     return folder
@@ -179,7 +187,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbed, tmp_path):
-    process = start(PROJECT, *RESUME, f"output_dir={tmp_path}", **RAY)
+    process = start(PROJECT, *RESUME, f"output_dir={tmp_path}", cold=True, **RAY)
     wait_for_step(process, tmp_path, 14, seconds=280)
     workers = workers_of(process)
     assert len(workers) == 2
@@ -198,7 +206,7 @@ def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_othe
     (tmp_path / "checkpoints/step-00000018-mine").mkdir()  # a user's own copy
     settings = [*RESUME, f"checkpoint.resume={tmp_path}/checkpoints/step-00000016", "train.learning_rate=1e-4",
                 "train.max_steps=200", "checkpoint.every=100", "checkpoint.keep=3"]  # fmt: skip
-    process = start(PROJECT, *settings, f"output_dir={tmp_path}", **RAY)
+    process = start(PROJECT, *settings, f"output_dir={tmp_path}", cold=True, **RAY)
     noted = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"  # what Ray has heard of
     wait_for_step(process, tmp_path, 22, seconds=280)
     while not (noted.exists() and "step-00000016" in noted.read_text()):
@@ -217,15 +225,15 @@ def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_othe
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tmp_path):
     settings = [*RESUME, f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings, **RAY, HF_TOKEN=TOKEN)
-    wait_for_step(process, tmp_path, 14, seconds=280)
+    process = start(PROJECT, *settings, cold=True, **RAY, HF_TOKEN=TOKEN)
+    wait_for_step(process, tmp_path, 1, seconds=280)
     # Ray's own folder, which is gone at the end of a run: its logs, its sockets, what it was told of the job.
     (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
     argument = next(a for a in raylet.cmdline() if a.startswith("--raylet_socket_name="))
     count, found = files_with_token(Path(argument.partition("=")[2]).parents[1])
     assert count > 10 and not found
-    kill_all(process)
-    output = fit(*settings)
+    kill_at_step(process, tmp_path, 14)
+    output = fit(*settings, cold=True)
     assert "Going on from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert checkpoints_of(tmp_path) == ["step-00000016", "step-00000020"]
@@ -235,7 +243,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 @pytest.mark.slow
 def test_a_stopped_run_saves_leaves_no_process_and_goes_on_with_one_worker(undisturbed, tmp_path):
     settings = [*RESUME, "train.max_steps=2000", "checkpoint.every=0", f"output_dir={tmp_path}"]
-    process = start(PROJECT, *settings, **RAY)
+    process = start(PROJECT, *settings, cold=True, **RAY)
     wait_for_step(process, tmp_path, 3, seconds=280)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -259,7 +267,7 @@ def test_a_stopped_run_saves_leaves_no_process_and_goes_on_with_one_worker(undis
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_all_at_once(tmp_path):
-    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}", **RAY)
+    process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}", cold=True, **RAY)
     wait_for_step(process, tmp_path, 2, seconds=280)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
@@ -309,9 +317,10 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_is_not_tried_again(tmp_path, mistake):
+def test_a_mistake_ends_in_one_line_and_is_not_tried_again(cluster, tmp_path, mistake):
     settings, variables, words = MISTAKES[mistake]
-    output = fit(*SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2, **variables)
+    place = cluster | variables if mistake != "compiled layers" else RAY  # one in a cluster of its own
+    output = run(PROJECT, *SMOKE, f"output_dir={tmp_path}", *settings, exit_code=2, **place)
     line = error_line(output)
     assert all(word in line for word in words), line
     assert "starts all workers again" not in output and not (tmp_path / "metrics.jsonl").exists()

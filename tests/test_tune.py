@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, refused
 from launching import (
+    PYTHON,
     another_job_with_a_gpu,
     assert_close,
     environment,
@@ -181,7 +181,7 @@ def test_the_best_trials_model_is_exported_and_evaluated(whole):
     assert torch.equal(exported["model.embed_tokens.weight"], state["model.model.embed_tokens.weight"])
     assert {k.removeprefix("model."): v.shape for k, v in state.items()} == {k: v.shape for k, v in exported.items()}
     done = subprocess.run(
-        [sys.executable, f"{PROJECT}/eval.py", "--config", "smoke.yaml", "data.eval_rows=16", f"output_dir={folder}",
+        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", "data.eval_rows=16", f"output_dir={folder}",
          "eval.generate_rows=2", "eval.samples=1", "eval.max_new_tokens=4"],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_trial_is_a_run_of_pytorch_ddp(whole, tmp_path):
 def test_a_search_that_was_stopped_and_then_killed_comes_to_the_same_end(whole, tmp_path):
     expected, _, _ = whole
     folder = tmp_path / "search"
-    process = start(PROJECT, *SEARCH, f"output_dir={folder}")
+    process = start(PROJECT, *SEARCH, f"output_dir={folder}", cold=True)
     wait_until(process, trial(folder, 1) / "metrics.jsonl", '"step": 4,')  # before the first rung: both go on
     ray_folder = (folder / "ray-folder").read_text()
     process.send_signal(signal.SIGTERM)
@@ -236,7 +236,7 @@ def test_a_search_that_was_stopped_and_then_killed_comes_to_the_same_end(whole, 
         assert (trial(folder, number) / f"checkpoints/step-{summary['steps']:08d}").is_dir()
         assert not (trial(folder, number) / "ended.json").exists()
 
-    process = start(PROJECT, *SEARCH, f"output_dir={folder}")
+    process = start(PROJECT, *SEARCH, f"output_dir={folder}", cold=True)
     wait_until(process, trial(folder, 3) / "metrics.jsonl", '"step": 3,')
     ray_folder = (folder / "ray-folder").read_text()
     process.kill()  # the search alone: what Ray started has to end by itself

@@ -6,16 +6,19 @@ process. `make_bin` writes a `python` that runs a command as the real interprete
 torchrun, DeepSpeed's and Composer's launchers and Ray start this `python` because it comes first on the PATH, and set
 the environment of each rank themselves.
 
-    test ── launch.sh ── python (client) ── … torchrun … ── python (client)      what the launcher sees, signals and reaps
-                             ┊                                   ┊
-                          zygote ────── fork ──────────── the process that runs the code
+    test ── launch.sh ── python (client) ── torchrun ── python (client)      what a launcher sees, signals and reaps
+                              │                              │
+                           zygote ────────── fork ───────────┴─ the process that runs the code
 
-- A process is forked only from a zygote that was started with the same value of *every* environment variable, those
-  in PER_PROCESS aside: what a library reads while it is imported cannot be another run's.
-- The client passes on its working folder, its open files, its ignored signals, and every signal that it receives. If
-  the client is killed, so is the forked process. The client ends as the forked process ended.
-- A zygote has one thread and has initialised neither CUDA nor a process group, or it refuses to fork.
-- A zygote ends with the process that made the folder, or after IDLE_SECONDS without work.
+- A process is forked only from a zygote that was started with the same value of *every* environment variable, except
+  those in PER_PROCESS: what a library reads while it is imported cannot come from another run.
+- The client hands over its working folder, open files, limits and ignored signals, and forwards every signal that it
+  receives. If the client is killed, so is the forked process. The client ends as the forked process ended.
+- A zygote has a single thread and has initialised neither CUDA nor a process group; otherwise it refuses to fork.
+- A zygote ends with the test session that made its folder, or after IDLE_SECONDS without work.
+
+What differs from a fresh interpreter: modules are imported already, `/proc/PID/environ` is the zygote's, and the
+process is not a descendant of its launcher. Tests that look at any of these start the real interpreter.
 """
 
 from __future__ import annotations
@@ -34,18 +37,17 @@ import sys
 import time
 from pathlib import Path
 
-IDLE_SECONDS = 90
-# What launchers and shells set differently in each process. None of them is read while a library is imported.
+IDLE_SECONDS = 60
+# What launchers and shells set differently in each process. No library reads them while it is imported.
 PER_PROCESS = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE",
     "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "NNODES", "NPROC_PER_NODE", "GPU_SHARES", "PWD", "OLDPWD", "SHLVL", "_", "COLUMNS", "LINES", "PYTHONPATH",
-    "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "CUDA_VISIBLE_DEVICES", "RAY_RAYLET_PID", "RAY_JOB_ID", "RAY_NODE_ID",
-    "RAY_ADDRESS", "RAY_SESSION_DIR", "RAY_CLUSTER_ID", "RAY_LAUNCHED_PROCESS_ID", "RAY_LAUNCH_TIME",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
+    "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "CUDA_VISIBLE_DEVICES", "SPT_NOENV",
 }  # fmt: skip
+PER_PROCESS_PREFIX = "RAY_"  # Ray reads its own while it is imported: a zygote does not import it
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("mnt", "net", "pid", "user", "uts")
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator would start one
@@ -58,7 +60,6 @@ BASE = ("torch", "torch.distributed.run", "torch.distributed.elastic.multiproces
         "torch.distributed.checkpoint.state_dict", "datasets", "accelerate", "matplotlib.figure", "omegaconf",
         "psutil", "torch.distributed.fsdp")  # fmt: skip
 DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch")
-RAY = ("ray", "ray.train", "ray.tune", "ray._private.workers.default_worker", "optuna")
 FOUNDRY = ("composer", "llmfoundry", "llmfoundry.command_utils")
 
 
@@ -79,8 +80,6 @@ def import_list(arguments: list[str], environment: dict[str, str]) -> tuple[str,
     words = " ".join(arguments)
     if ".venv-foundry" in os.environ["WARM_PYTHON"]:
         return BASE + FOUNDRY
-    if "ray-t" in words or "/ray/" in words or "ray." in words:
-        return BASE + DEEPSPEED + RAY
     if "deepspeed" in words or "DS_ACCELERATOR" in environment:
         return BASE + DEEPSPEED
     return BASE
@@ -94,7 +93,9 @@ def client(arguments: list[str]) -> None:
     command = arguments[flags:]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WARM_")}
     is_module = len(command) > 1 and command[0] in ("-m", "-c")
-    if not (is_module or (command and command[0].endswith(".py"))) or "PYTHONSAFEPATH" in environment:
+    is_script = bool(command) and command[0].endswith(".py")
+    ray_service = is_script and "/site-packages/ray/" in command[0] and "/workers/" not in command[0]
+    if not (is_module or is_script) or ray_service or "PYTHONSAFEPATH" in environment:
         os.execve(os.environ["WARM_PYTHON"], [os.environ["WARM_PYTHON"], *arguments], environment)
     connection = connect(import_list(command, environment), environment)
     files = sorted(int(name) for name in os.listdir("/proc/self/fd"))
@@ -141,7 +142,8 @@ def read_line(connection: socket.socket) -> bytes:
 
 def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.socket:
     """A connection to the zygote of this environment, which is started if there is none."""
-    shared = {name: value for name, value in environment.items() if name not in PER_PROCESS}
+    own = {name for name in environment if name in PER_PROCESS or name.startswith(PER_PROCESS_PREFIX)}
+    shared = {name: value for name, value in environment.items() if name not in own}
     place = [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES] + [os.getuid(), os.stat("/").st_ino]
     key = hashlib.sha1(json.dumps([imports, shared, place], sort_keys=True).encode()).hexdigest()[:16]
     path = f"{os.environ['WARM_FOLDER']}/{key}"
@@ -158,15 +160,17 @@ def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.soc
 
 def start_zygote(path: str, imports: tuple[str, ...], environment: dict[str, str]) -> None:
     ready, write_end = os.pipe()
+    with open(f"{path}.env", "w") as file:  # to find out why there is another zygote
+        json.dump([imports, environment], file)
     with open(f"{path}.log", "ab") as log:
         process = subprocess.Popen(
             [os.environ["WARM_PYTHON"], __file__, "--zygote", path, os.environ["WARM_OWNER"], str(write_end), *imports],
-            env=environment | NO_THREADS, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            pass_fds=[write_end],
+            env=environment | NO_THREADS, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True, pass_fds=[write_end],
         )  # fmt: skip
     os.close(write_end)
     if not os.read(ready, 1):
-        sys.exit(f"no zygote: {open(f'{path}.log').read()[-2000:]} (exit code {process.wait()})")
+        sys.exit(f"no zygote (exit code {process.wait()}): {Path(f'{path}.log').read_text()[-2000:]}")
     os.close(ready)
 
 
@@ -181,6 +185,7 @@ def zygote(path: str, owner: int, ready: int, imports: list[str]) -> dict:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    assert "ray" not in sys.modules
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit(f"an import has started threads: {os.listdir('/proc/self/task')}")
     with contextlib.suppress(FileNotFoundError):
@@ -282,7 +287,8 @@ def become(request: dict) -> None:
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         old = getattr(sys, name)
         lines = name == "stderr" or os.isatty(fd)
-        new = open(fd, mode, encoding=old.encoding, errors=old.errors, buffering=1 if lines else -1, closefd=False)
+        buffering = 1 if lines else -1
+        new = os.fdopen(fd, mode, encoding=old.encoding, errors=old.errors, buffering=buffering, closefd=False)
         if name == "stdout" and (request["unbuffered"] or os.environ.get("PYTHONUNBUFFERED")):
             new.reconfigure(write_through=True)
         setattr(sys, name, new)

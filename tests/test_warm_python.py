@@ -1,0 +1,88 @@
+"""The stand-in for Python (warm_python.py) behaves as the interpreter that it stands in for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import PYTHON, environment
+
+pytestmark = pytest.mark.slow
+
+# Prints what a program can see of its own start.
+SELF = """
+import json, os, signal, sys
+fields = {
+    "argv": sys.argv, "name": __name__, "cwd": os.getcwd(), "path": sys.path, "stdin": sys.stdin.read(),
+    "environment": {k: v for k, v in os.environ.items() if k not in ("_", "PATH", "PWD", "SHLVL", "LC_CTYPE")},
+    "ignored": [s for s in range(1, 32) if signal.getsignal(s) == signal.SIG_IGN],
+    "sigint": str(signal.getsignal(signal.SIGINT)), "parent": os.getppid(), "encoding": sys.stdout.encoding,
+}
+print(json.dumps(fields), file=sys.stderr)
+"""
+
+
+def both_ways(*arguments: str, stdin: str = "", **options) -> list[subprocess.CompletedProcess]:
+    done = []
+    for python, cold in ((sys.executable, True), (PYTHON, False)):
+        variables = environment(cold=cold, GREETING="grüß dich")
+        command = [python, *arguments]
+        done.append(subprocess.run(command, env=variables, input=stdin, capture_output=True, text=True, **options))
+    return done
+
+
+@pytest.mark.parametrize("kind", ["script", "module", "code"])
+def test_a_program_sees_the_same_start(tmp_path, kind):
+    (tmp_path / "itself.py").write_text(SELF)
+    how = {"script": ["itself.py"], "module": ["-m", "itself"], "code": ["-c", SELF]}[kind]
+    real, warm = both_ways("-u", *how, "one", "--two=3", stdin="typed", cwd=tmp_path)
+    assert real.returncode == warm.returncode == 0, warm.stderr
+    assert json.loads(real.stderr) == json.loads(warm.stderr)
+
+
+def test_the_end_is_that_of_the_program():
+    endings = {
+        "sys.exit(3)": 3, "sys.exit('why')": 1, "1 / 0": 1, "os._exit(7)": 7, "pass": 0,
+        "os.kill(os.getpid(), 9)": -9, "import signal; os.kill(os.getpid(), signal.SIGTERM)": -15,
+    }  # fmt: skip
+    for code, expected in endings.items():
+        real, warm = both_ways("-c", f"import atexit, os, sys\natexit.register(print, 'at the end')\n{code}")
+        assert real.returncode == warm.returncode == expected, code
+        assert real.stdout == warm.stdout and ("ZeroDivisionError" in warm.stderr) == ("1 / 0" in code)
+
+
+def test_signals_reach_the_program_and_it_dies_with_its_client():
+    code = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: print('heard', flush=True))\n"
+    code += "import os; print(os.getpid(), flush=True)\ntime.sleep(60)\ntime.sleep(60)"
+    process = subprocess.Popen([PYTHON, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    assert pid != process.pid
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == "heard\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_files_that_a_parent_opened_are_the_programs_too():
+    read_end, write_end = os.pipe()
+    code = f"import os; os.write({write_end}, b'through the pipe')"
+    subprocess.run([PYTHON, "-c", code], env=environment(), pass_fds=[write_end], check=True)
+    os.close(write_end)
+    assert os.read(read_end, 100) == b"through the pipe"
+    os.close(read_end)
+
+
+def test_libraries_are_there_and_take_their_settings_from_the_environment(tmp_path):
+    """`HF_HOME` is read once, while huggingface_hub is imported."""
+    code = "import sys; print('torch' in sys.modules); from huggingface_hub import constants; print(constants.HF_HOME)"
+    for folder in ("a", "b", "a"):
+        variables = environment(HF_HOME=str(tmp_path / folder))
+        done = subprocess.run([PYTHON, "-c", code], env=variables, capture_output=True, text=True)
+        assert done.stdout.split() == ["True", str(tmp_path / folder)], done.stderr
