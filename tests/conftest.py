@@ -61,7 +61,10 @@ def no_process_is_left(request):
         if not left or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    assert not left, [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+    names = [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+    for process in left:
+        process.kill()
+    assert not left, names
 
 
 def _below(process: psutil.Process, others: dict[int, psutil.Process]) -> bool:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,14 +116,34 @@ def start(
         own = SESSION / "warm/foundry/bin"
         variables = {"PYTHONWARNINGS": "ignore", "VIRTUAL_ENV": str(REPOSITORY / ".venv-foundry"),
                      "PATH": f"{own}:{REPOSITORY / '.venv-foundry/bin'}:{os.environ['PATH']}"} | variables  # fmt: skip
-    return subprocess.Popen(
+    name = uuid.uuid4().hex
+    process = subprocess.Popen(
         command(project, *settings, processes=processes, config=config, cold=cold),
         cwd=REPOSITORY,
-        env=environment(cold=cold, NPROC_PER_NODE=str(processes), **variables),
+        env=environment(cold=cold, NPROC_PER_NODE=str(processes), TEST_RUN=name, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    process.test_run = name
+    return process
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """The launcher that `start` started, and everything below it."""
+    found = []
+    for member in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if member.environ().get("TEST_RUN") == process.test_run and member.status() != psutil.STATUS_ZOMBIE:
+                found.append(member)
+    return found
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, psutil.Process]:
+    """The processes that train, by their rank."""
+    named = [(member.environ(), " ".join(member.cmdline()), member) for member in family(process)]
+    return {int(variables["RANK"]): member for variables, words, member in named
+            if "RANK" in variables and "train.py" in words}  # fmt: skip
 
 
 def run(project: str, *settings: str, exit_code: int = 0, **options) -> str:
@@ -218,12 +239,12 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, seconds: 
 def kill_at_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
     """SIGKILL the launcher and everything below it as soon as the run has logged `step`."""
     wait_for_step(process, run_dir, 1)  # by then all of its processes are there; to list them takes some steps' time
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    members = family(process)
     wait_for_step(process, run_dir, step)
-    for member in family:
+    for member in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(members, timeout=30)
     process.communicate()
 
 

@@ -20,6 +20,7 @@ from launching import (
     load_train,
     losses,
     metrics,
+    ranks_of,
     run,
     run_on_two_machines,
     start,
@@ -170,12 +171,13 @@ def test_a_run_stops_in_time_and_a_finished_one_says_so(tmp_path):
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
     wait_for_step(process, tmp_path, 3)
-    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
-    rank_1 = next(p for p in workers if p.environ().get("RANK") == "1")
-    rank_1.kill()
+    workers = ranks_of(process)
+    workers[1].kill()
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        worker for worker in workers.values() if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.mark.slow

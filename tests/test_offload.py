@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, refused
@@ -25,6 +24,7 @@ from launching import (
     losses,
     metrics,
     project_modules,
+    ranks_of,
     run,
     start,
     wait_for_step,
@@ -203,7 +203,7 @@ def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undist
 def test_a_rank_that_dies_ends_the_run(tmp_path):
     process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
     wait_for_step(process, tmp_path, 2)
-    ranks = deepspeed_launcher.training_processes(psutil.Process(process.pid))
+    ranks = ranks_of(process)
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)
     output = process.communicate(timeout=90)[0]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, refused
@@ -23,6 +22,7 @@ from launching import (
     losses,
     metrics,
     project_modules,
+    ranks_of,
     run,
     start,
     wait_for_step,
@@ -30,7 +30,7 @@ from launching import (
 from transformers import AutoModelForCausalLM
 from wandb_log import history, read_wandb
 
-from common import deepspeed_launcher, models
+from common import models
 from common.config import ModelConfig, load_config
 from common.loss import token_losses
 
@@ -222,7 +222,7 @@ def test_a_stage_that_dies_ends_the_run(tmp_path):
     """The other stage waits for it in the middle of the schedule."""
     process = start(PROJECT, *SMOKE, "train.max_steps=5000", f"output_dir={tmp_path}")
     wait_for_step(process, tmp_path, 2)
-    ranks = deepspeed_launcher.training_processes(psutil.Process(process.pid))
+    ranks = ranks_of(process)
     assert len(ranks) == 2
     ranks[1].send_signal(signal.SIGKILL)
     output = process.communicate(timeout=90)[0]
