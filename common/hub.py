@@ -184,7 +184,7 @@ def model_card(cfg: BaseConfig, summary: dict) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set name is an id on the Hub, and not embedded (tiny:…, smollm2, pydoc) or a local path."""
+    """Whether a model or data set name is an id on the Hub, not embedded (tiny:…, smollm2, pydoc) or a local path."""
     if name in ("pydoc", smollm2.NAME) or name.startswith("tiny:") or Path(name).exists():
         return False
     try:

