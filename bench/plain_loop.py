@@ -68,7 +68,7 @@ def main(config: str, seed: str, output: str, *settings: str) -> None:
         scaler.update()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(total / targets)
+        losses.append(round(total / targets, 6))
     record = {
         "losses": losses,
         "eval_loss_before": before,

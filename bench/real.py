@@ -151,7 +151,7 @@ def run_project(bench: Bench, task: str, precision: str, project: str, folder: P
     run = folder / "run"
     entry = {"command": shlex.join(re.sub(r"=/.*/", "=", part) for part in command)}
     error = execute(bench, [*command, f"output_dir={run}"], log, {})
-    losses = [step["loss"] for step in read_metrics(run) if "loss" in step]
+    losses = [round(step["loss"], 6) for step in read_metrics(run) if "loss" in step]
     entry |= {"losses": losses, "environment": read_json(run / "environment.json")}
     if error:
         return entry | {"status": "failed", "error": error}

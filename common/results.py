@@ -504,8 +504,8 @@ def real_losses(folder: Path) -> str:
     columns = {"held-out loss": lambda name: names[name]}
     columns |= {real_heading(r): lambda name, r=r: ends(r, name) for r in records}
     caption = (
-        f"SmolLM2-135M-Instruct, {real_machine(records)}. Each process has 14.7 GiB of its GPU, a T4's. –: a format that "
-        f"LLM Foundry does not take, or not run."
+        f"SmolLM2-135M-Instruct, {real_machine(records)}. Each process has 14.7 GiB of its GPU, a T4's. –: not run, or "
+        f"a format that LLM Foundry does not take."
     )
     return table(list(names), columns, caption)
 
