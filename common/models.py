@@ -51,11 +51,11 @@ def located(model: ModelConfig) -> ModelConfig:
 
 def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
+    model = located(model)
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
-    source = located(model)
     try:
-        tokenizer = _read_tokenizer(source)
+        tokenizer = _read_tokenizer(model)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
         raise explain_hub_error(error, "model", model.name) from error
     if tokenizer.eos_token_id is None:
@@ -85,6 +85,7 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
 
     Raises `UserError` if it cannot be had, is no causal language model, or takes fewer than `data.max_length` tokens.
     """
+    model = located(model)
     if family := _tiny_family(model.name):
         tokenizer = _tiny_tokenizer(family)
         config = AutoConfig.for_model(
@@ -97,9 +98,8 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
             **TINY_SHAPES[family],
         )
     else:
-        source = located(model)
         try:
-            config = AutoConfig.from_pretrained(source.name, revision=model.revision, token=token())
+            config = AutoConfig.from_pretrained(model.name, revision=model.revision, token=token())
         except Exception as error:
             raise explain_hub_error(error, "model", model.name) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -139,6 +139,7 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
 
     With `dtype="auto"` published weights stay in their file's type and are mapped, not copied, into memory.
     """
+    model = located(model)
     config = load_model_config(model)
     if _tiny_family(model.name) or model.random_weights:
         with torch.random.fork_rng(devices=[]):
@@ -146,10 +147,9 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
             random_dtype = torch.float32 if dtype == "auto" else dtype
             built = AutoModelForCausalLM.from_config(config, **{DTYPE_KEY: random_dtype})
     else:
-        source = located(model)
         try:
             built = AutoModelForCausalLM.from_pretrained(
-                source.name,
+                model.name,
                 revision=model.revision,
                 config=config,
                 token=token(),
