@@ -444,7 +444,6 @@ def equality_table(folder: Path, name: str) -> str:
 
 PLAIN = "plain loop"
 REAL_TASKS = {"abstracts": "abstracts", "gsm8k": "GSM8K", "messages": "GSM8K as chat"}
-NO_RECORD = "\n\n*Not measured yet: `python bench/real.py` writes the records.*\n\n"
 
 
 def band(record: dict) -> tuple[float, float] | None:
@@ -484,7 +483,7 @@ def real_losses(folder: Path) -> str:
     """Held-out losses of one real model after the same training by all projects, beside a plain loop's."""
     records = real_records(folder)
     if not records:
-        return NO_RECORD
+        return "\n\n*Not measured yet: `python bench/real.py` writes the records.*\n\n"
 
     def ends(r: dict, name: str) -> str:
         limits, run = band(r), r["projects"].get(name, {})
@@ -507,14 +506,13 @@ def real_losses(folder: Path) -> str:
         f"SmolLM2-135M-Instruct, {real_machine(records)}. Each process has 14.7 GiB of its GPU, a T4's. –: not run, or "
         f"a format that LLM Foundry does not take."
     )
-    return table(list(names), columns, caption)
+    plot = "![Training loss of all projects over the spread of the plain loop](results/real/losses.png)\n\n"
+    return table(list(names), columns, caption) + plot
 
 
 def real_closeness(folder: Path) -> str:
     """How far the first 20 losses of each project are from those of the plain loop on the same rows."""
     records = real_records(folder)
-    if not records:
-        return NO_RECORD
 
     def furthest(r: dict, name: str) -> str:
         plain, losses = (run.get("losses", [])[:20] for run in (r["plain"].get("42", {}), r["projects"].get(name, {})))
@@ -522,14 +520,18 @@ def real_closeness(folder: Path) -> str:
 
     columns = {"largest distance of the first 20 losses": lambda name: f"`{name}`"}
     columns |= {real_heading(r): lambda name, r=r: furthest(r, name) for r in records}
-    return table(real_projects(records), columns, "Relative, from the plain loop that sees the same rows in each step.")
+    return (
+        ""
+        if not records
+        else table(
+            real_projects(records), columns, "Relative, from the plain loop that sees the same rows in each step."
+        )
+    )
 
 
 def real_answers(folder: Path) -> str:
     """What the fine-tuned models make of held-out rows: perplexity, and ROUGE-L of generated answers."""
     records = real_records(folder)
-    if not records:
-        return NO_RECORD
 
     def figures(r: dict, name: str) -> str:
         runs = [run["evaluation"] for run in r["projects"].values() if "evaluation" in run]
@@ -542,7 +544,11 @@ def real_answers(folder: Path) -> str:
 
     columns = {"perplexity / ROUGE-L": lambda name: "before training" if name == "base" else f"`{name}`"}
     columns |= {real_heading(r): lambda name, r=r: figures(r, name) for r in records}
-    return table(["base", *real_projects(records)], columns, "By each project's eval.py; greedy answers.")
+    return (
+        ""
+        if not records
+        else table(["base", *real_projects(records)], columns, "By each project's eval.py; greedy answers.")
+    )
 
 
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
