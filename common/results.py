@@ -520,13 +520,8 @@ def real_closeness(folder: Path) -> str:
 
     columns = {"largest distance of the first 20 losses": lambda name: f"`{name}`"}
     columns |= {real_heading(r): lambda name, r=r: furthest(r, name) for r in records}
-    return (
-        ""
-        if not records
-        else table(
-            real_projects(records), columns, "Relative, from the plain loop that sees the same rows in each step."
-        )
-    )
+    caption = "Relative, from the plain loop that sees the same rows in each step."
+    return table(real_projects(records), columns, caption) if records else ""
 
 
 def real_answers(folder: Path) -> str:
@@ -544,11 +539,8 @@ def real_answers(folder: Path) -> str:
 
     columns = {"perplexity / ROUGE-L": lambda name: "before training" if name == "base" else f"`{name}`"}
     columns |= {real_heading(r): lambda name, r=r: figures(r, name) for r in records}
-    return (
-        ""
-        if not records
-        else table(["base", *real_projects(records)], columns, "By each project's eval.py; greedy answers.")
-    )
+    names = ["base", *real_projects(records)]
+    return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
 
 
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
