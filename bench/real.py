@@ -128,7 +128,8 @@ def execute(bench: Bench, command: list[str], log: Path, variables: dict[str, st
     if code == 0:
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return next((line for line in lines if "error:" in line), f"exit code {code}: {lines[-1]}")
+    error = next((line for line in lines if "error:" in line), f"exit code {code}: {lines[-1]}")
+    return re.sub(r"=/\S*/", "=", error)  # a record names no folder of the machine
 
 
 def run_plain(bench: Bench, task: str, precision: str, seed: str, folder: Path, log: Path) -> dict:
