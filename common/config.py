@@ -30,7 +30,7 @@ def key(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: floa
 
 @dataclass
 class ModelConfig:
-    name: str = key("tiny:qwen2", "Hub id, local folder, or tiny:qwen2|opt|llama|bloom (embedded, random weights)")
+    name: str = key("tiny:qwen2", "Hub id, local folder, smollm2 (from a package), or tiny:qwen2|opt|llama|bloom")
     revision: str = key("main", "branch, tag or commit of the model on the Hub")
     random_weights: bool = key(False, "start from random weights of the real shapes (for measurements without the Hub)")
 

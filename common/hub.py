@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from common import smollm2
 from common.config import BaseConfig
 from common.errors import UserError
 
@@ -145,10 +146,12 @@ def model_card(cfg: BaseConfig, summary: dict) -> str:
     `summary` is the run's `summary.json`; figures that it does not have are left out.
     """
     project, t = summary.get("project"), cfg.train
+    base = smollm2.HUB_ID if cfg.model.name == smollm2.NAME else cfg.model.name
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": cfg.model.name if is_hub_id(cfg.model.name) else None,
+        "license": smollm2.LICENSE if base == smollm2.HUB_ID else None,  # others' we do not know
+        "base_model": base if is_hub_id(base) else None,
         "datasets": [cfg.data.name] if is_hub_id(cfg.data.name) else None,
         "tags": ["fine-tuned", "multi-gpu", *filter(None, [project])],
     }
@@ -171,7 +174,7 @@ def model_card(cfg: BaseConfig, summary: dict) -> str:
         "",
         f"# {cfg.hub.repo_id.rpartition('/')[2] or 'Fine-tuned model'}",
         "",
-        f"`{cfg.model.name}`, fully fine-tuned on `{cfg.data.name}`" + (f" by `{project}`." if project else "."),
+        f"`{base}`, fully fine-tuned on `{cfg.data.name}`" + (f" by `{project}`." if project else "."),
         "",
         "| | |",
         "|---|---|",
@@ -181,8 +184,8 @@ def model_card(cfg: BaseConfig, summary: dict) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set name is an id on the Hub, and not embedded (tiny:…, pydoc) or a local path."""
-    if name == "pydoc" or name.startswith("tiny:") or Path(name).exists():
+    """Whether a model or data set name is an id on the Hub, not embedded (tiny:…, smollm2, pydoc) or a local path."""
+    if name in ("pydoc", smollm2.NAME) or name.startswith("tiny:") or Path(name).exists():
         return False
     try:
         validate_repo_id(name)

@@ -1,4 +1,4 @@
-"""Models and tokenizers: from the Hub, from a local folder, or the embedded `tiny:` ones.
+"""Models and tokenizers: from the Hub, from a local folder, `smollm2`, or the embedded `tiny:` ones.
 
 A `tiny:` model is the real architecture class with small shapes and random weights from the seed; its byte-level BPE
 tokenizer is trained on the embedded data. It needs no network, and everything that holds for it holds for the real one.
@@ -6,6 +6,7 @@ tokenizer is trained on the embedded data. It needs no network, and everything t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import transformers
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common import pydoc_data
+from common import pydoc_data, smollm2
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
@@ -43,8 +44,14 @@ CHATML = (
 )
 
 
+def located(model: ModelConfig) -> ModelConfig:
+    """Where transformers finds `model`: `smollm2` in its folder in the cache, any other under its own name."""
+    return dataclasses.replace(model, name=str(smollm2.folder())) if model.name == smollm2.NAME else model
+
+
 def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
+    model = located(model)
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
     try:
@@ -78,6 +85,7 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
 
     Raises `UserError` if it cannot be had, is no causal language model, or takes fewer than `data.max_length` tokens.
     """
+    model = located(model)
     if family := _tiny_family(model.name):
         tokenizer = _tiny_tokenizer(family)
         config = AutoConfig.for_model(
@@ -131,6 +139,7 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
 
     With `dtype="auto"` published weights stay in their file's type and are mapped, not copied, into memory.
     """
+    model = located(model)
     config = load_model_config(model)
     if _tiny_family(model.name) or model.random_weights:
         with torch.random.fork_rng(devices=[]):

@@ -442,9 +442,113 @@ def equality_table(folder: Path, name: str) -> str:
     return table(rows, columns, caption)
 
 
+PLAIN = "plain loop"
+REAL_TASKS = {"abstracts": "abstracts", "gsm8k": "GSM8K", "messages": "GSM8K as chat"}
+
+
+def band(record: dict) -> tuple[float, float] | None:
+    """The lowest and highest held-out loss that the plain loop ends with, over its orders of the training rows."""
+    ends = [run["eval_loss_after"] for run in record.get("plain", {}).values() if run["status"] == "completed"]
+    return (min(ends), max(ends)) if ends else None
+
+
+def real_records(folder: Path) -> list[dict]:
+    """The records of bench/real.py that are there, in the order of the tables."""
+    paths = [folder / f"{task}-{precision}.json" for task in REAL_TASKS for precision in ("bf16", "fp16")]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
+def real_heading(record: dict) -> str:
+    return f"{REAL_TASKS[record['task']]}, {record['precision']}"
+
+
+def real_projects(records: list[dict]) -> list[str]:
+    order = [name for record in records for name in record["projects"]]
+    return sorted(dict.fromkeys(order), key=lambda name: (name.startswith("ray"), name == "llm-foundry-finetune", name))
+
+
+def real_machine(records: list[dict]) -> str:
+    """Hardware, versions, date and commit of the projects' runs."""
+    runs = [run for r in records for run in r["projects"].values() if run.get("environment")]
+    gpus = shared(runs, lambda run: f"{len(run['environment']['gpus'])} × {run['environment']['gpus'][0]['name']}"
+                  if run["environment"]["gpus"] else "a CPU")  # fmt: skip
+    versions = [f"{name} {shared(runs, lambda run, name=name: run['environment']['versions'].get(name, 'none'))}"
+                for name in ("torch", "transformers")]  # fmt: skip
+    dates = shared(runs, lambda run: run["date"])
+    commits = shared(runs, lambda run: (run["environment"].get("git_commit") or "unknown").split()[0][:10])
+    return f"{gpus}, {', '.join(versions)}; {dates}, commit {commits}"
+
+
+def real_losses(folder: Path) -> str:
+    """Held-out losses of one real model after the same training by all projects, beside a plain loop's."""
+    records = real_records(folder)
+    if not records:
+        return "\n\n*Not measured yet: `python bench/real.py` writes the records.*\n\n"
+
+    def ends(r: dict, name: str) -> str:
+        limits, run = band(r), r["projects"].get(name, {})
+        if name == "base":
+            runs = [run for run in [*r["plain"].values(), *r["projects"].values()] if run.get("eval_loss_before")]
+            return f"{runs[0]['eval_loss_before']:.4f}" if runs else "–"
+        if name == PLAIN:
+            return f"{limits[0]:.4f} to {limits[1]:.4f}" if limits else "–"
+        if run.get("status") != "completed":
+            return "failed" if run.get("status") == "failed" else "–"
+        loss = run["eval_loss_after"]
+        beyond = max(limits[0] - loss, loss - limits[1], 0) if limits else 0
+        return f"{loss:.4f}" + (f" ({beyond:.4f} outside)" if beyond else "")
+
+    names = {"base": "before training", PLAIN: f"{PLAIN}, one GPU, three orders of the rows"}
+    names |= {name: f"`{name}`" for name in real_projects(records)}
+    columns = {"held-out loss": lambda name: names[name]}
+    columns |= {real_heading(r): lambda name, r=r: ends(r, name) for r in records}
+    caption = (
+        f"SmolLM2-135M-Instruct, {real_machine(records)}. Each process has 14.7 GiB of its GPU, a T4's. –: not run, or "
+        f"a format that LLM Foundry does not take."
+    )
+    plot = "![Training loss of all projects over the spread of the plain loop](results/real/losses.png)\n\n"
+    return table(list(names), columns, caption) + plot
+
+
+def real_closeness(folder: Path) -> str:
+    """How far the first 20 losses of each project are from those of the plain loop on the same rows."""
+    records = real_records(folder)
+
+    def furthest(r: dict, name: str) -> str:
+        plain, losses = (run.get("losses", [])[:20] for run in (r["plain"].get("42", {}), r["projects"].get(name, {})))
+        return f"{max(abs(a / b - 1) for a, b in zip(losses, plain, strict=False)):.0e}" if plain and losses else "–"
+
+    columns = {"largest distance of the first 20 losses": lambda name: f"`{name}`"}
+    columns |= {real_heading(r): lambda name, r=r: furthest(r, name) for r in records}
+    caption = "Relative, from the plain loop that sees the same rows in each step."
+    return table(real_projects(records), columns, caption) if records else ""
+
+
+def real_answers(folder: Path) -> str:
+    """What the fine-tuned models make of held-out rows: perplexity, and ROUGE-L of generated answers."""
+    records = real_records(folder)
+
+    def figures(r: dict, name: str) -> str:
+        runs = [run["evaluation"] for run in r["projects"].values() if "evaluation" in run]
+        if name != "base":
+            runs = [run for run in (r["projects"].get(name, {}).get("evaluation"),) if run]
+        if not runs:
+            return "–"
+        found = runs[0]["base" if name == "base" else "fine_tuned"]
+        return f"{found['perplexity']:.2f}" + (f" / {found['rouge_l']:.3f}" if "rouge_l" in found else "")
+
+    columns = {"perplexity / ROUGE-L": lambda name: "before training" if name == "base" else f"`{name}`"}
+    columns |= {real_heading(r): lambda name, r=r: figures(r, name) for r in records}
+    names = ["base", *real_projects(records)]
+    return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
+
+
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+    "real losses": (real_losses,),
+    "real closeness": (real_closeness,),
+    "real answers": (real_answers,),
     "equality losses": (equality_table, "losses"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),

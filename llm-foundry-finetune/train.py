@@ -100,8 +100,9 @@ def build_model(cfg: Config, folder: Path) -> str | None:
     if embedded:
         model.save_pretrained(folder)
         return None
-    if Path(cfg.model.name).is_dir():
-        return str(Path(cfg.model.name).resolve())
+    source = models.located(cfg.model).name
+    if Path(source).is_dir():
+        return str(Path(source).resolve())
     return str(Path(cached_file(cfg.model.name, "config.json", revision=cfg.model.revision, token=token())).parent)
 
 
