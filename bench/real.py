@@ -95,7 +95,8 @@ def data_file(bench: Bench, task: str) -> Path:
     path = bench.scratch / "messages.jsonl"
     with bench.lock:
         if not path.exists():
-            rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+            # Not splitlines(): a text may hold U+2028, which ends no line of JSON.
+            rows = [json.loads(line) for line in source.read_text(encoding="utf-8").strip().split("\n")]
             turns = ((("user", row["prompt"]), ("assistant", row["response"])) for row in rows)
             lines = (json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) + "\n" for turn in turns)
             path.write_text("".join(lines), encoding="utf-8")
