@@ -53,7 +53,7 @@ def protect_output() -> None:
         stream = getattr(sys, name)
         if stream is None:  # the process was started without it
             _occupy(descriptor)
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8"))
+            setattr(sys, name, _Stream(io.BufferedWriter(_Descriptor(os.devnull, "w")), "utf-8", "plain"))
         elif stream is getattr(sys, f"__{name}__"):  # not one that Ray, pytest or a notebook has put in its place
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

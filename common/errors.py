@@ -46,8 +46,8 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     if not by_number and "No space" not in text and "quota" not in text and disk.free > disk.total * 0.01:
         return None  # a write that failed for another reason
     return UserError(
-        f"no space left to write {named or 'a file'}: {disk.free / 2**30:.2f} of {disk.total / 2**30:.2f} GiB are free "
-        f"there; make room, or set output_dir to another disk (checkpoint.keep=1 needs the least)"
+        f"no space left to write {named or 'a file'}: {disk.free / 1e6:,.0f} of {disk.total / 1e6:,.0f} MB are free on "
+        f"that disk; make room, or set output_dir to another disk (checkpoint.keep=1 needs the least)"
     )
 
 

@@ -25,7 +25,8 @@ class JsonLines:
                 while line:
                     line = line[file.write(line) :]
             except OSError:
-                file.truncate(size)
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
                 raise
 
     def read(self) -> list[dict]:

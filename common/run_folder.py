@@ -108,8 +108,8 @@ class RunFolder:
         """What is about to be trained, and how: what a user checks before leaving a run alone."""
         train, ranks = self.cfg.train, self._environment["world_size"]
         pipelines = self._environment.get("pipeline", {}).get("pipelines")
-        shares, names = (pipelines, "pipelines") if pipelines else (ranks, "ranks")
-        accumulation = accumulation_steps(self.cfg, shares, names)
+        shares, name = (pipelines, "pipeline") if pipelines else (ranks, "rank")
+        accumulation = accumulation_steps(self.cfg, shares, f"{name}s")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"\n{self.project}")
         for label, value in (
@@ -119,8 +119,8 @@ class RunFolder:
             ("devices", report.devices(self._environment, device.type)),
             (
                 "batch",
-                f"{train.global_batch_size} sequences = {shares} {names} × {train.micro_batch_size} per micro-batch × "
-                f"{accumulation} accumulation step{'s' if accumulation > 1 else ''}",
+                f"{train.global_batch_size} sequences = {_counted(shares, name)} × {train.micro_batch_size} per "
+                f"micro-batch × {_counted(accumulation, 'accumulation step')}",
             ),
             ("steps", f"{total_steps:,}"),
             ("folder", self.path),
@@ -267,6 +267,10 @@ class RunFolder:
                 self._tracker.finish("failed")
         if full:
             raise full from None
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def write_json(path: Path, content: dict) -> None:
