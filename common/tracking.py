@@ -141,7 +141,7 @@ class Tracker:
             return
         try:
             self._backend = make()
-        except Exception as error:  # a broken installation, a cache folder that is not writable ...
+        except (Exception, SystemExit) as error:  # a broken installation, a cache folder that is not writable ...
             self._warn(f"{_first_words(error)}; all metrics are in metrics.jsonl")
             return
         # A daemon: a thread that is stuck in a dead connection does not keep the process alive.
