@@ -36,9 +36,12 @@ def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; nothing there: do nothing.
 
     A link to a folder, and a folder that is a mount point, are emptied and stay: that is where the user wants the data.
+    So does a link to what is not there yet.
     """
+    if not path.exists():
+        return
     if not path.is_dir():
-        path.unlink(missing_ok=True)
+        path.unlink()
     elif path.is_symlink() or path.is_mount():
         for child in path.iterdir():
             shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

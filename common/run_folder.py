@@ -38,7 +38,7 @@ class RunFolder:
     """Bookkeeping of one run; a context manager that records a failure. It does nothing on ranks but the main one.
 
     Raises `UserError` if the folder cannot be written, and in place of any error that a full disk is the cause of.
-    `advice` is what a run that is complete already says.
+    `advice` is what a run says that has no steps left; empty: nothing.
     """
 
     def __init__(
@@ -96,10 +96,11 @@ class RunFolder:
         share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # «1/8 of GPU 0»: of its peak
         self._peak = peak * self._environment["world_size"] * share if peak else None
         self._tracker = start_tracker(self.cfg, self.path, enabled=True, project=self.project)
-        self._print_banner(model, device, total_steps)
-        if first_step >= total_steps:
+        if first_step < total_steps:
+            self._print_banner(model, device, total_steps)
+        if first_step >= total_steps and self._advice:
             print(f"This run is complete: step {first_step} of {total_steps}. {self._advice}", flush=True)
-        elif first_step:
+        elif 0 < first_step < total_steps:
             print(f"Going on from the checkpoint of step {first_step}", flush=True)
         self._progress = Progress("Training", "step", total_steps, first_step)
         self._begun = True

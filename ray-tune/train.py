@@ -155,8 +155,7 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(not is_trial)
     environment = runtime.describe_environment(1, reason)
-    advice = "To search again, set checkpoint.resume=never"
-    with RunFolder(cfg, PROJECT, True, environment, advice) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, True, environment, advice="") as run, runtime.explain_out_of_memory(cfg):
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         model = build_model(cfg, device, dtype)
         groups = models.parameter_groups(model, cfg.train.weight_decay)
