@@ -35,8 +35,9 @@ class Progress:
         self._first: tuple[float, int] | None = None  # when the first update came, and how many it counted
         self._bar = None
         if self._shown and shows_bars():
-            self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=keep, dynamic_ncols=True,
-                             file=sys.stdout)  # fmt: skip
+            # A terminal that does not know its size has no room at all for tqdm, which would print nothing.
+            size = {"dynamic_ncols": True} if _knows_its_size() else {"ncols": 80, "nrows": 24}
+            self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=keep, file=sys.stdout, **size)
 
     def update(self, figures: str = "") -> None:
         """One step more; `figures` is what there is to tell of it."""
@@ -78,6 +79,13 @@ class Progress:
         words += [figures] if figures else []
         words += [f"{tqdm.format_interval(left)} left"] if left is not None and not ends else []
         print(*words, sep=", ", flush=True)
+
+
+def _knows_its_size() -> bool:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def track(items: Iterable[Item], name: str, unit: str, total: int, *, shown: bool = True) -> Iterator[Item]:

@@ -130,6 +130,7 @@ def test_a_bar_on_a_terminal_and_for_a_notebook():
     command = [sys.executable, "-c", "from common.progress import track; list(track(range(3), 'answers', 'batch', 3))"]
     ours, theirs = pty.openpty()
     subprocess.run(command, env=environment(), stdout=theirs, check=True)
+    os.set_blocking(ours, False)
     on_a_terminal = os.read(ours, 10_000)
     os.close(ours)
     os.close(theirs)
