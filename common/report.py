@@ -100,7 +100,11 @@ def print_comparison(run_dirs: list[Path]) -> None:
     for number, group in enumerate(groups):
         conditions = [_conditions(run_dir) for run_dir in group]
         differing = [key for key in conditions[0] if len({c[key] for c in conditions}) > 1]
-        print("\n" * bool(number) + "  ".join(f"{k}: {v}" for k, v in conditions[0].items() if k not in differing))
+        equal = [f"{k}: {v}" for k, v in conditions[0].items() if k not in differing and v != MISSING]
+        if number:
+            print()
+        if equal:
+            print("  ".join(equal))
         rows = [["run", *differing, *columns]]
         for run_dir, condition in zip(group, conditions, strict=True):
             values = dict(_summary_lines(read_summary(run_dir)))
@@ -116,12 +120,12 @@ def print_comparison(run_dirs: list[Path]) -> None:
 
 
 def _what_to_compare(differing: list[str]) -> str:
-    speed = {"devices", "precision", "tokens"} & set(differing)
-    course = {"batch", "seed"} & set(differing)
-    return "; ".join(
-        ["speed and memory follow from that, not from the project alone"] * bool(speed or "batch" in differing)
-        + ["the same step is not the same point of the training"] * bool(course)
-    )
+    notes = []
+    if {"devices", "precision", "tokens", "batch"} & set(differing):
+        notes += ["speed and memory follow from that, not from the project alone"]
+    if {"batch", "seed"} & set(differing):
+        notes += ["the same step is not the same point of the training"]
+    return "; ".join(notes)
 
 
 def comparable(run_dirs: list[Path]) -> list[list[Path]]:
