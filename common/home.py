@@ -36,6 +36,8 @@ def provide_user_and_home() -> None:
     substitute = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
     try:
         substitute.mkdir(mode=0o700, exist_ok=True)
+        if substitute.stat().st_uid != os.geteuid():  # somebody else made it
+            substitute = Path(tempfile.mkdtemp(prefix="home-"))
     except OSError:  # nothing is writable: each library copes as it can
         return
     if home is None or not home.is_dir():
