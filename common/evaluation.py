@@ -207,9 +207,9 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     for what loading models and data raises.
     """
     check_process_count()
-    check_needs(cfg)
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
     notes = check_training(cfg, Path(models["fine_tuned"].name))
+    check_needs(cfg)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
     only_main_shows_progress(accelerator.is_main_process)
@@ -265,13 +265,14 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
 def check_needs(cfg: BaseConfig) -> None:
     """Raise `UserError` for what only the end of an evaluation would miss: packages, and a folder to write to."""
     scored = cfg.data.format != "text" and cfg.eval.generate_rows
-    needed = {"rouge_score": "ROUGE-L", "matplotlib": "plots"} if scored else {"matplotlib": "plots"}
+    needed = {"matplotlib": "the plots"} | ({"rouge_score.rouge_scorer": "ROUGE-L"} if scored else {})
     for package, purpose in needed.items():
         try:
-            importlib.import_module(package if package != "rouge_score" else "rouge_score.rouge_scorer")
+            importlib.import_module(package)
         except ImportError as error:
-            without = ", or set eval.generate_rows=0 to go without" if package == "rouge_score" else ""
-            raise UserError(f"{purpose} need the package {package} ({error}): pip install {package}{without}") from None
+            name = package.partition(".")[0]
+            without = ", or set eval.generate_rows=0 to go without" if name == "rouge_score" else ""
+            raise UserError(f"cannot make {purpose} without {name} ({error}): pip install {name}{without}") from None
     check_writable(cfg.output_dir)
 
 

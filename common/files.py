@@ -15,7 +15,7 @@ def check_writable(output_dir: str) -> None:
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try, too
     except OSError as error:
         raise UserError(f"output_dir={output_dir}: cannot be written: {error.strerror}") from None
 
