@@ -67,8 +67,7 @@ class Checkpoints:
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (*folder.rglob("*"), folder):
             _to_disk(path)
-        if final.exists():
-            shutil.rmtree(final)
+        _discard(final)
         folder.rename(final)
         _to_disk(self.root)  # the new one is safe before an old one goes
         self._written.add(step)
@@ -76,7 +75,7 @@ class Checkpoints:
         ours = [at for at, _ in found if at <= step and (at in self._written or at <= self._went_on_from)]
         for at, old in found:
             if at not in ours[: self.keep]:
-                shutil.rmtree(old)
+                _discard(old)
         return final
 
     def find(self, resume: str) -> tuple[int, Path] | None:
@@ -160,6 +159,14 @@ def _fingerprints(folder: Path, names: list[str]) -> dict[str, dict]:
     """By name, for several files at a time: a large checkpoint is several GB a rank."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: _fingerprint(folder / name), names), strict=True))
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; of one that was moved to another disk and linked, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _to_disk(path: Path) -> None:

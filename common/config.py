@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
+from common.files import write_whole
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -246,7 +247,7 @@ def flatten(config: BaseConfig) -> dict[str, Any]:
 
 def save_config(config: BaseConfig, path: Path) -> None:
     """Write the resolved configuration; it can be passed to `--config` again."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def accumulation_steps(config: BaseConfig, world_size: int, shares: str = "processes") -> int:

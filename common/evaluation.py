@@ -7,6 +7,7 @@ and counts are reduced, never means.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -25,15 +26,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memory
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from common import report
 from common.config import BaseConfig, DataConfig, ModelConfig, get, load_config
 from common.data import TokenizedRows, collate, load_rows, prompt_and_reference, tokenize
 from common.errors import UserError
+from common.files import check_writable, write_whole
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
+from common.progress import track
 from common.runtime import (
     check_gpu,
     check_process_count,
@@ -42,6 +44,7 @@ from common.runtime import (
     only_main_shows_progress,
     resolve_precision,
 )
+from common.tracking import log_results
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +92,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in tqdm(batches, desc=progress, disable=not progress, leave=False):
+        for batch in track(batches, progress, "batch", len(batches), shown=bool(progress)):
             total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
     model.train(was_training)
     return total
@@ -200,12 +203,13 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
 
     On one process or on the processes of a launcher. Writes `eval.json`, `samples.md` and `plots/eval.png` into
     `cfg.output_dir`, prints a table and samples, and returns what `eval.json` holds. Raises `UserError` where there is
-    no fine-tuned model, or its training's settings would make the comparison wrong, and for what loading models and
-    data raises.
+    no fine-tuned model, or its training's settings would make the comparison wrong, for a package that is missing, and
+    for what loading models and data raises.
     """
     check_process_count()
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
     notes = check_training(cfg, Path(models["fine_tuned"].name))
+    check_needs(cfg)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
     only_main_shows_progress(accelerator.is_main_process)
@@ -252,9 +256,24 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         _write(results, Path(cfg.output_dir))
+        _track(cfg, results)
         _print(results, Path(cfg.output_dir))
     accelerator.end_training()
     return results
+
+
+def check_needs(cfg: BaseConfig) -> None:
+    """Raise `UserError` for what only the end of an evaluation would miss: packages, and a folder to write to."""
+    scored = cfg.data.format != "text" and cfg.eval.generate_rows
+    needed = {"matplotlib": "the plots"} | ({"rouge_score.rouge_scorer": "ROUGE-L"} if scored else {})
+    for package, purpose in needed.items():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            name = package.partition(".")[0]
+            without = ", or set eval.generate_rows=0 to go without" if name == "rouge_score" else ""
+            raise UserError(f"cannot make {purpose} without {name} ({error}): pip install {name}{without}") from None
+    check_writable(cfg.output_dir)
 
 
 def fine_tuned_model(cfg: BaseConfig, project: str) -> ModelConfig:
@@ -354,16 +373,29 @@ def _answer(
     starts = range(0, len(ids), size)[accelerator.process_index :: accelerator.num_processes]
     mine = [
         (start, generate(model, tokenizer, ids[start : start + size], cfg.eval.max_new_tokens, dtype))
-        for start in tqdm(starts, desc="answers", disable=not accelerator.is_main_process, leave=False)
+        for start in track(starts, "answers", "batch", len(starts), shown=accelerator.is_main_process)
     ]
     return [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
 
 
 def _write(results: dict[str, Any], run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "eval.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (run_dir / "samples.md").write_text(_samples_page(results), encoding="utf-8")
+    write_whole(run_dir / "eval.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(run_dir / "samples.md", _samples_page(results))
     report.plot_evaluation(run_dir)
+
+
+def _track(cfg: BaseConfig, results: dict[str, Any]) -> None:
+    """The figures of both models, as metrics of the run that trained the one."""
+    run_dir = Path(cfg.output_dir)
+    metrics = {
+        f"eval/{role}/{key}": results[role][key]
+        for role in ("base", "fine_tuned")
+        for _, key, _ in report.FIGURES
+        if key in results[role]
+    }
+    step = report.read_json(run_dir / "summary.json").get("steps", 0)
+    log_results(cfg, run_dir, metrics, step, [run_dir / name for name in ("eval.json", "samples.md", "plots/eval.png")])
 
 
 def _samples_page(results: dict[str, Any]) -> str:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
+
+from common.files import write_whole
 
 
 class JsonLines:
-    """An append-only file with a JSON object a line, on disk after every line."""
+    """An append-only file with a JSON object a line, on disk after every line; a full disk leaves no half line."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, record: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record)) + "\n")
+        line = (json.dumps(finite(record)) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def read(self) -> list[dict]:
         """All records in the order in which they were written; none where there is no such file.
@@ -33,9 +44,7 @@ class JsonLines:
     def keep_up_to(self, step: int) -> None:
         """Drop the records behind `step`: a resumed run makes those steps again."""
         kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(kept))
 
 
 def finite(record: dict) -> dict:

@@ -182,7 +182,7 @@ def _show(command: list[str], quiet: bool = False) -> None:
 
     if len(folders := [word for word in command if word.startswith("output_dir=")]) > 1:
         raise CellFailed(f"{folders[-1]} in SETTINGS: set RUN in its place, which the cells below read too")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PROGRESS": "bar"}  # read from a pipe, and shown in one place
     environment.pop("MPLBACKEND", None)  # the notebook's own, which another environment does not have
     for name, first in (("PATH", Path(sys.executable).parent), ("PYTHONPATH", REPOSITORY)):
         environment[name] = os.pathsep.join([str(first), *filter(None, [environment.get(name)])])

@@ -1,7 +1,8 @@
 """What a run folder says, as tables and plots: `python -m common.report RUN_DIR [RUN_DIR ...]`.
 
-Reads `metrics.jsonl`, `summary.json` and `eval.json` and nothing else, so it needs neither torch nor the framework that
-wrote them. One folder: its table and plots. Several: one table with a line for each, and a plot of them side by side.
+Reads the folder's JSON files and `config.yaml`, so it needs neither torch nor the framework that wrote them. One
+folder: its table and plots. Several: a table with one line per run, and a plot of them side by side; runs of different
+models or data are kept apart, since their losses cannot be compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global state, and nothing that looks for a screen
 from matplotlib.ticker import PercentFormatter
@@ -88,13 +90,88 @@ def _summary_lines(summary: dict) -> list[tuple[str, str]]:
 
 
 def print_comparison(run_dirs: list[Path]) -> None:
-    """One line a run. Raises `UserError` for a folder without a run."""
+    """One line per run, in a table for each model and data; what else differs has a column and a note.
+
+    Raises `UserError` for a folder without a run.
+    """
     columns = ["status", "steps", "held-out loss", "tokens/s", "MFU", "peak GPU", "peak host", "time"]
-    rows = [["run", *columns]]
-    for label, run_dir in _labels(run_dirs).items():
-        values = dict(_summary_lines(read_summary(run_dir)))
-        rows.append([label, *(values[column] for column in columns)])
-    print_table(rows)
+    labels, groups = _labels(run_dirs), comparable(run_dirs)
+    names = {run_dir: label for label, run_dir in labels.items()}
+    for number, group in enumerate(groups):
+        conditions = [_conditions(run_dir) for run_dir in group]
+        differing = [key for key in conditions[0] if len({c[key] for c in conditions}) > 1]
+        equal = [f"{k}: {v}" for k, v in conditions[0].items() if k not in differing and v != MISSING]
+        if number:
+            print()
+        if equal:
+            print("  ".join(equal))
+        rows = [["run", *differing, *columns]]
+        for run_dir, condition in zip(group, conditions, strict=True):
+            values = dict(_summary_lines(read_summary(run_dir)))
+            rows.append([names[run_dir], *(condition[k] for k in differing), *(values[column] for column in columns)])
+        print_table(rows)
+        if differing:
+            print(f"note: these runs differ in {', '.join(differing)}: {_what_to_compare(differing)}")
+    if len(groups) > 1:
+        print(
+            f"\nnote: {len(groups)} tables: losses, and speeds, can only be compared between runs of one model and the "
+            f"same data"
+        )
+
+
+def _what_to_compare(differing: list[str]) -> str:
+    notes = []
+    if {"devices", "precision", "tokens", "batch"} & set(differing):
+        notes += ["speed and memory follow from that, not from the project alone"]
+    if {"batch", "seed"} & set(differing):
+        notes += ["the same step is not the same point of the training"]
+    return "; ".join(notes)
+
+
+def comparable(run_dirs: list[Path]) -> list[list[Path]]:
+    """The runs, in groups of one model and the same data, in the order in which these first appear."""
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for run_dir in run_dirs:
+        conditions = _conditions(run_dir)
+        groups.setdefault((conditions["model"], conditions["data"]), []).append(run_dir)
+    return list(groups.values())
+
+
+def _conditions(run_dir: Path) -> dict[str, str]:
+    """What a run's figures depend on besides its project. Unknown of a folder without `config.yaml`."""
+    try:
+        cfg = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        model, data, train = cfg["model"], cfg["data"], cfg["train"]
+        subset = f"/{data['subset']}" if data.get("subset") else ""
+        known = {
+            "model": model["name"] + (" (random weights)" if model.get("random_weights") else ""),
+            "data": f"{data['name']}{subset}, {data['format']}, {data['eval_rows']} held out",
+            "tokens": f"up to {data['max_length']}" + (", packed" if data["packing"] != "none" else ""),
+            "batch": f"{train['global_batch_size']} ({train['micro_batch_size']} at once)",
+            "seed": str(cfg["seed"]),
+        }
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        known = dict.fromkeys(("model", "data", "tokens", "batch", "seed"), MISSING)
+    environment = read_json(run_dir / "environment.json")
+    known["devices"] = devices(environment)
+    known["precision"] = environment.get("precision", MISSING).partition(":")[0]
+    return known
+
+
+def devices(environment: dict, kind: str = "") -> str:
+    """What an `environment.json` says of where the run computed, such as `2 × Tesla T4 (14.7 GiB)`.
+
+    `kind` is the type of the device in use; without it, GPUs that are there were used.
+    """
+    ranks = environment.get("world_size")
+    if not ranks:
+        return MISSING
+    gpus = [] if kind == "cpu" else environment.get("gpus", [])
+    if not gpus:
+        return "1 CPU process" if ranks == 1 else f"{ranks} CPU processes"
+    each = f"{gpus[0]['name']} ({gpus[0]['memory_gib']:.1f} GiB)"
+    share = environment.get("gpu_share", "").partition(" of ")[0]
+    return f"{ranks} × {share + ' of ' if share else ''}{each}"
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -184,24 +261,30 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def plot_comparison(run_dirs: list[Path]) -> Path:
-    """Draw the runs' losses and throughputs side by side: `comparison.png` in the folder that holds them all."""
-    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
-    losses, speeds = figure.subplots(1, 2)
-    style_axes(losses, "training loss, smoothed", "loss (nats a token)")
-    style_axes(speeds, "throughput", "tokens/s, all processes", x_label="")
-    labels = _labels(run_dirs)
-    for i, (label, run_dir) in enumerate(labels.items()):
-        points = series(read_metrics(run_dir), "loss")
-        losses.plot(list(points), smoothed(list(points.values())), label=label, linewidth=2, **_look(i))
-    losses.legend(fontsize=9)
-    values = [read_summary(run_dir).get("tokens_per_second") or 0 for run_dir in labels.values()]
-    colours = [_look(i)["color"] for i in range(len(labels))]
-    bars = speeds.barh(list(labels), values, color=colours)
-    speeds.bar_label(bars, [f"{v:,.0f}" if v else MISSING for v in values], padding=4, fontsize=9)
-    speeds.set(xlabel="tokens/s, all processes", ylabel="", xlim=(0, max(values) * 1.2 or 1))
-    speeds.invert_yaxis()
-    speeds.grid(axis="y", visible=False)
-    speeds.xaxis.set_major_formatter("{x:,.0f}")
+    """Draw the runs' losses and throughputs side by side: `comparison.png` in the folder that holds them all.
+
+    A row for each model and data: as in `print_comparison`, only what can be compared shares an axis.
+    """
+    groups, labels = comparable(run_dirs), _labels(run_dirs)
+    names = {run_dir: label for label, run_dir in labels.items()}
+    figure = Figure(figsize=(12, 4.5 * len(groups)), dpi=120, layout="constrained")
+    for group, (losses, speeds) in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
+        conditions = _conditions(group[0])
+        what = f"\n{conditions['model']} on {conditions['data'].partition(',')[0]}" if len(groups) > 1 else ""
+        style_axes(losses, f"training loss, smoothed{what}", "loss (nats per token)")
+        style_axes(speeds, "throughput", "tokens/s, all processes", x_label="")
+        for i, run_dir in enumerate(group):
+            points = series(read_metrics(run_dir), "loss")
+            losses.plot(list(points), smoothed(list(points.values())), label=names[run_dir], linewidth=2, **_look(i))
+        losses.legend(fontsize=9)
+        values = [read_summary(run_dir).get("tokens_per_second") or 0 for run_dir in group]
+        colours = [_look(i)["color"] for i in range(len(group))]
+        bars = speeds.barh([names[run_dir] for run_dir in group], values, color=colours)
+        speeds.bar_label(bars, [f"{v:,.0f}" if v else MISSING for v in values], padding=4, fontsize=9)
+        speeds.set(xlabel="tokens/s, all processes", ylabel="", xlim=(0, max(values) * 1.2 or 1))
+        speeds.invert_yaxis()
+        speeds.grid(axis="y", visible=False)
+        speeds.xaxis.set_major_formatter("{x:,.0f}")
     return save_figure(figure, Path(os.path.commonpath([p.resolve() for p in run_dirs])) / "comparison.png")
 
 
@@ -282,7 +365,12 @@ def style_axes(axes: Axes, title: str, y_label: str, x_label: str = "optimizer s
 
 def save_figure(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    partial = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(partial, format=path.suffix[1:])
+        partial.replace(path)  # whole, also on a disk that is full
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

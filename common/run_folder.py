@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,15 +17,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from common import report
-from common.config import BaseConfig, save_config
-from common.errors import UserError
+from common.config import BaseConfig, accumulation_steps, save_config
+from common.errors import UserError, full_disk
 from common.export import export
+from common.files import check_writable, remove, write_whole
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
+from common.progress import Progress
+from common.redaction import without_secrets
 from common.runtime import check_finite, launcher_pid
 from common.tracking import check_tracker, start_tracker
 
@@ -33,14 +37,23 @@ WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, 
 class RunFolder:
     """Bookkeeping of one run; a context manager that records a failure. It does nothing on ranks but the main one.
 
-    Raises `UserError` if the folder cannot be written.
+    Raises `UserError` if the folder cannot be written, and in place of any error that a full disk is the cause of.
+    `advice` is what a run says that has no steps left; empty: nothing.
     """
 
-    def __init__(self, cfg: BaseConfig, project: str, is_main: bool, environment: dict):
+    def __init__(
+        self,
+        cfg: BaseConfig,
+        project: str,
+        is_main: bool,
+        environment: dict,
+        advice: str = "To train on, set train.max_steps higher",
+    ):
         self.cfg, self.project, self.is_main = cfg, project, is_main
         self.path = Path(cfg.output_dir).resolve()
         self.checkpoints = self.path / "checkpoints"
-        self.model = self.path / "model"
+        self.model = (self.path / "model").resolve()  # the export is renamed into its place: a link is not replaced
+        self._advice = advice
         self._begun = False
         self._environment = environment
         self._metrics = JsonLines(self.path / "metrics.jsonl")
@@ -48,13 +61,7 @@ class RunFolder:
             return
         # Nothing of an earlier run in this folder is touched before the new one begins: it may yet be refused.
         check_tracker(cfg)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writing-probe"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None
+        check_writable(cfg.output_dir)
         self._host = HostMemory(launcher_pid())
 
     def begin(
@@ -88,20 +95,39 @@ class RunFolder:
         peak = peak_flops(device, dtype)
         share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # «1/8 of GPU 0»: of its peak
         self._peak = peak * self._environment["world_size"] * share if peak else None
-        self._tracker = start_tracker(self.cfg, self.path, enabled=True)
-        if first_step >= total_steps:
-            print(f"This run is complete: step {first_step} of {total_steps}. To train on, set train.max_steps higher")
-        elif first_step:
-            print(f"Going on from the checkpoint of step {first_step}")
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            desc="Training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=first_step >= total_steps,
-        )
+        self._tracker = start_tracker(self.cfg, self.path, enabled=True, project=self.project)
+        if first_step < total_steps:
+            self._print_banner(model, device, total_steps)
+        if first_step >= total_steps and self._advice:
+            print(f"This run is complete: step {first_step} of {total_steps}. {self._advice}", flush=True)
+        elif 0 < first_step < total_steps:
+            print(f"Going on from the checkpoint of step {first_step}", flush=True)
+        self._progress = Progress("Training", "step", total_steps, first_step)
         self._begun = True
+
+    def _print_banner(self, model: torch.nn.Module, device: torch.device, total_steps: int) -> None:
+        """What is about to be trained, and how: what a user checks before leaving a run alone."""
+        train, ranks = self.cfg.train, self._environment["world_size"]
+        pipelines = self._environment.get("pipeline", {}).get("pipelines")
+        shares, name = (pipelines, "pipeline") if pipelines else (ranks, "rank")
+        accumulation = accumulation_steps(self.cfg, shares, f"{name}s")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"\n{self.project}")
+        for label, value in (
+            ("model", f"{self.cfg.model.name}, {parameters / 1e6:,.1f} million parameters"),
+            ("data", f"{self.cfg.data.name}, {self.cfg.data.format}, up to {self.cfg.data.max_length} tokens"),
+            ("precision", self._environment.get("precision", "")),
+            ("devices", report.devices(self._environment, device.type)),
+            (
+                "batch",
+                f"{train.global_batch_size} sequences = {_counted(shares, name)} × {train.micro_batch_size} per "
+                f"micro-batch × {_counted(accumulation, 'accumulation step')}",
+            ),
+            ("steps", f"{total_steps:,}"),
+            ("folder", self.path),
+        ):
+            print(f"  {label:<10} {value}")
+        print(flush=True)
 
     def _take_over_history(self, earlier: Path) -> None:
         """What `earlier` has measured so far is this run's; what another run left here is not, and goes."""
@@ -119,11 +145,8 @@ class RunFolder:
             stale += ["tracking.json"]
         if self.cfg.checkpoint.resume == "never":
             stale += ["checkpoints", "model"]
-        for path in (self.path / name for name in stale):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for name in stale:
+            remove(self.path / name)
 
     def log_step(self, step: int, *, seconds: float, tokens: int, **values: float) -> None:
         """One optimizer step; `values` holds `epoch`, `loss`, `learning_rate` and `grad_norm`."""
@@ -139,8 +162,7 @@ class RunFolder:
             "peak_host_gib": round(self._host.peak_gib, 3),
         }
         self._write(record)
-        self._bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{tokens / seconds:,.0f}", refresh=False)
-        self._bar.update()
+        self._progress.update(f"loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
 
     def log_evaluation(self, step: int, eval_loss: float) -> None:
         """The held-out loss after `step` optimizer steps (0: before training).
@@ -150,7 +172,7 @@ class RunFolder:
         if self.is_main:
             check_finite(step, eval_loss, 0)
             self._write({"step": step, "eval_loss": eval_loss})
-            self._bar.write(f"Step {step}: held-out loss {eval_loss:.4f}")
+            self._progress.write(f"Step {step}: held-out loss {eval_loss:.4f}")
 
     def save_model(self, model, tokenizer, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
         """Export `model/`: plain Hugging Face safetensors, tokenizer and model card. A whole folder or none.
@@ -168,12 +190,12 @@ class RunFolder:
         if not self.is_main:
             return
         self._begun = False
-        self._bar.close()
+        self._progress.close()
         if status == "interrupted":
             how = "the same command" if self.cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
             print(f"Stopped ({reason or 'asked to on another rank'}); {how} goes on from here")
         write_json(self.path / "summary.json", self.summarize(status) | figures)
-        self._tracker.log_artifacts(*report.plot_training(self.path), self.path / "summary.json")
+        self._tracker.log_artifacts(*self._plots(), self.path / "summary.json")
         self._tracker.finish(status)
         report.print_summary(self.path)
         if self._tracker.url:
@@ -184,6 +206,17 @@ class RunFolder:
             # Another folder's where nothing was left to train from it on, such as that of a search's best trial.
             newest = max(self.checkpoints.glob("step-*"), default=Path(self.cfg.checkpoint.resume))
             push_to_hub(self.cfg, self.path, newest, path_in_repo=f"checkpoints/{newest.name}")
+
+    def _plots(self) -> list[Path]:
+        try:
+            return report.plot_training(self.path)
+        except Exception as error:  # Matplotlib's fonts or caches, say: the run is a good one without pictures
+            print(
+                f"warning: the plots were not drawn: {str(error) or type(error).__name__}. To draw them: python -m "
+                f"common.report {self.path}",
+                file=sys.stderr,
+            )
+            return []
 
     def summarize(self, status: str) -> dict:
         """`summary.json`: figures of the whole run, those before an interruption included, from `metrics.jsonl`."""
@@ -213,20 +246,33 @@ class RunFolder:
     def _write(self, record: dict) -> None:
         record["seconds"] = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
         self._metrics.append(record)
-        self._tracker.log({k: v for k, v in finite(record).items() if k != "step"}, record["step"])
+        # A chart of zeros says nothing of a CPU.
+        hidden = {"step"} if self._device.type == "cuda" else {"step", "peak_gpu_gib"}
+        self._tracker.log({k: v for k, v in finite(record).items() if k not in hidden}, record["step"])
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if not self.is_main:
-            return
-        self._host.stop()
-        if error is not None and self._begun:
-            self._bar.close()
-            write_json(self.path / "summary.json", self.summarize("failed") | {"error": str(error) or kind.__name__})
-            self._tracker.finish("failed")
+        full = full_disk(error, self.path) if error is not None else None
+        if self.is_main:
+            self._host.stop()
+            if full:  # what was half written when the disk was full is the room that the summary needs
+                for leftover in (*self.checkpoints.glob(".writing-*"), *self.model.parent.glob(".writing-model*")):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            if error is not None and self._begun:
+                self._progress.close()
+                reason = without_secrets(str(full or error) or kind.__name__)
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    write_json(self.path / "summary.json", self.summarize("failed") | {"error": reason})
+                self._tracker.finish("failed")
+        if full:
+            raise full from None
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -1,24 +1,26 @@
 """Experiment tracking with MLflow or W&B, by the main process only, never in the way of the training.
 
 A thread of its own talks to the library: `log` costs microseconds, and a server that is slow, down or full can neither
-delay the training by more than `PATIENCE` seconds in all nor end it. What it misses is in `metrics.jsonl` anyway.
+delay the training by more than `PATIENCE` seconds in all nor end it. Nor can a library that fails when it is imported,
+started or closed. What it misses is in `metrics.jsonl` anyway.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import getpass
 import importlib.util
 import json
 import logging
 import os
 import queue
-import re
 import secrets
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +29,8 @@ from packaging.version import Version
 
 from common.config import BaseConfig, flatten
 from common.errors import UserError
+from common.files import write_whole
+from common.redaction import encoded, without_secrets
 
 PATIENCE = 20.0  # seconds that the training waits for its tracker, over the whole run
 START_PATIENCE = 10.0  # of these, at most so many for the start
@@ -49,6 +53,8 @@ class Backend(Protocol):
 
     def start(self) -> None: ...
 
+    def annotate(self, metrics: dict[str, float], step: int, files: list[Path]) -> None: ...
+
     def log(self, rows: list[Row]) -> None: ...
 
     def log_artifact(self, path: Path) -> None: ...
@@ -62,26 +68,68 @@ def check_tracker(cfg: BaseConfig) -> None:
     """Raise `UserError` if the library of `tracking.backend` is not there, before a run has begun."""
     backend = cfg.tracking.backend
     if backend != "none" and importlib.util.find_spec(backend) is None:
-        raise _missing(backend, ImportError(f"No module named {backend!r}"))
+        raise UserError(
+            f"tracking.backend={backend} needs the package {backend}, which is not installed: pip install {backend}, "
+            f"or set tracking.backend=none"
+        )
 
 
-def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool) -> Tracker:
+def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool, project: str = "") -> Tracker:
     """The tracker that `cfg.tracking.backend` names, with a run named like `run_dir` that holds the config.
 
-    A resumed run (one with a `run_dir/tracking.json`) goes on in the same tracker run. Pass `enabled=False` on every
-    rank but the main one: nothing is imported and every call does nothing. Raises `UserError` for a missing library.
+    A resumed run (one with a `run_dir/tracking.json`) continues the same tracker run. Pass `enabled=False` on every
+    rank but the main one: nothing is imported and every call does nothing. Never raises.
     """
-    backends = {"mlflow": MlflowBackend, "wandb": WandbBackend}
-    if not enabled or cfg.tracking.backend == "none":
-        return Tracker("none", None)
-    return Tracker(cfg.tracking.backend, backends[cfg.tracking.backend](cfg, run_dir.resolve()))
+    return Tracker(cfg.tracking.backend, _backend(cfg, run_dir, project) if enabled else None)
+
+
+def log_results(cfg: BaseConfig, run_dir: Path, metrics: dict[str, float], step: int, files: list[Path]) -> None:
+    """Add figures that were found after the training, and files, to the training's own tracker run, if it has one.
+
+    Never raises, and takes at most `PATIENCE` seconds.
+    """
+    make = _backend(cfg, run_dir, "")
+    if make is None or not _saved_run_id(run_dir, cfg.tracking.backend):
+        return
+    failures: list[str] = []
+
+    def annotate() -> None:
+        try:
+            make().annotate(metrics, step, files)
+        except BaseException as error:
+            failures.append(_first_words(error))
+
+    thread = threading.Thread(target=annotate, name="tracker", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive() or failures:
+        why = failures[0] if failures else "no answer in time"
+        print(
+            f"warning: tracking.backend={cfg.tracking.backend} did not get these results: {why}; they are in "
+            f"{run_dir / 'eval.json'}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _backend(cfg: BaseConfig, run_dir: Path, project: str) -> Callable[[], Backend] | None:
+    """What makes the backend; None if nothing is to be tracked, also by W&B's own variables."""
+    name, run_dir = cfg.tracking.backend, run_dir.resolve()
+    if name == "none" or (name == "wandb" and _wandb_is_disabled()):
+        return None
+    return lambda: {"mlflow": MlflowBackend, "wandb": WandbBackend}[name](cfg, run_dir, project)
+
+
+def _wandb_is_disabled() -> bool:
+    disabled = os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on")
+    return disabled or os.environ.get("WANDB_MODE") == "disabled"
 
 
 class Tracker:
     """Hands metrics and files to a backend in the background; reports its first failure and then switches it off."""
 
-    def __init__(self, name: str, backend: Backend | None):
-        self._name, self._backend = name, backend
+    def __init__(self, name: str, make: Callable[[], Backend] | None):
+        self._name, self._backend = name, None
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()
         self._artifacts: queue.SimpleQueue[Path] = queue.SimpleQueue()
         self._status = ""
@@ -89,16 +137,22 @@ class Tracker:
         self._started = threading.Event()
         self._lock = threading.Lock()
         self._patience = PATIENCE
-        if backend:
-            # A daemon: a thread that is stuck in a dead connection does not keep the process alive.
-            self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
-            self._thread.start()
-            self._wait(self._started.wait, START_PATIENCE)  # a slower start goes on beside the training
+        if make is None:
+            return
+        try:
+            self._backend = make()
+        except (Exception, SystemExit) as error:  # a broken installation, a cache folder that is not writable ...
+            self._warn(f"{_first_words(error)}; all metrics are in metrics.jsonl")
+            return
+        # A daemon: a thread that is stuck in a dead connection does not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+        self._wait(self._started.wait, START_PATIENCE)  # a slower start goes on beside the training
 
     @property
     def url(self) -> str:
         """Where to look, also after `finish`: a command or an address; empty when there is no tracker, or none yet."""
-        return _without_secrets(self._backend.url) if self._backend else ""
+        return without_secrets(self._backend.url or "") if self._backend else ""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record `metrics` at optimizer step `step`. Never blocks, never raises; values of None are left out."""
@@ -142,62 +196,113 @@ class Tracker:
                 for path in _drain(self._artifacts):
                     backend.log_artifact(path)
             backend.finish(self._status)
-        except Exception as error:  # whatever a tracking library raises, the training goes on
-            self._fail(_without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__)
+        except BaseException as error:  # whatever a tracking library raises, SystemExit too, the training continues
+            self._fail(_first_words(error))
+        finally:
             self._started.set()
 
     def _fail(self, reason: str) -> None:
         with self._lock:  # the thread may fail in the moment in which `finish` gives it up
             backend, self._backend = self._backend, None
         if backend:
-            print(
-                f"warning: tracking.backend={self._name} is off from here on, the training is not affected: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
-            backend.abandon()
+            self._warn(reason)
+            with contextlib.suppress(Exception, SystemExit):
+                backend.abandon()
+
+    def _warn(self, reason: str) -> None:
+        print(
+            f"warning: tracking.backend={self._name} is off from here on, the training is not affected: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class MlflowBackend:
     """MLflow through its client, without global state; a SQLite file beside the run where no server is named."""
 
+    # What MLflow 3 asks of every experiment: "Model training", not "GenAI". It decides which charts and tabs there are.
+    MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # noqa: RUF012
     STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}  # noqa: RUF012
 
-    def __init__(self, cfg: BaseConfig, run_dir: Path):
-        self._cfg, self._run_dir = cfg, run_dir
+    def __init__(self, cfg: BaseConfig, run_dir: Path, project: str):
+        self._cfg, self._run_dir, self._project = cfg, run_dir, project
         # MLflow's own defaults would retry a dead server for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        try:
-            from mlflow import MlflowClient
-            from mlflow.utils.logging_utils import disable_logging
-        except ImportError as error:
-            raise _missing("mlflow", error) from None
+        from mlflow import MlflowClient
+        from mlflow.utils.logging_utils import disable_logging
+
         disable_logging()  # also tracebacks of what is reported in one line
-        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+        self._uri = encoded(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.parent / 'mlflow.db'}")
         self.url = f"mlflow ui --backend-store-uri {shlex.quote(self._uri)}"
         self.remedy = f"all metrics are in {run_dir / 'metrics.jsonl'}"
         self._connect = lambda: MlflowClient(tracking_uri=self._uri)
 
     def start(self) -> None:
-        logging.disable(logging.INFO)  # MLflow 2 turns on dozens of loggers when it makes a database
-        try:
-            self._client = self._connect()
-        finally:
-            logging.disable(logging.NOTSET)
-        run = self._earlier_run()
-        if run:
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        else:
-            run = self._client.create_run(self._experiment_id(), run_name=self._run_dir.name)
+        with self._alone_with_the_file():
+            self._open()
+            run = self._earlier_run()
+            if run:
+                self._client.update_run(run.info.run_id, status="RUNNING")
+            else:
+                run = self._client.create_run(self._experiment_id(), run_name=self._run_dir.name, tags=self._tags())
         self._run_id = run.info.run_id
         _save_run_id(self._run_dir, "mlflow", self._run_id)
         if self._uri.startswith("http"):
             self.url = f"{self._uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self._run_id}"
         self._log_params(run.data.params)
         self.log_artifact(self._run_dir / "config.yaml")
+
+    def annotate(self, metrics: dict[str, float], step: int, files: list[Path]) -> None:
+        with self._alone_with_the_file():
+            self._open()
+        if run := self._earlier_run():
+            self._run_id = run.info.run_id
+            self.log([Row(metrics, step, time.time())])
+            for file in files:
+                self.log_artifact(file)
+
+    def _open(self) -> None:
+        logging.disable(logging.INFO)  # MLflow 2 turns on dozens of loggers when it makes a database
+        try:
+            self._client = self._connect()
+        finally:
+            logging.disable(logging.NOTSET)
+
+    @contextlib.contextmanager
+    def _alone_with_the_file(self) -> Iterator[None]:
+        """One process at a time makes a SQLite file, its tables and the experiment: trials start together."""
+        path = self._uri.removeprefix("sqlite:///")
+        if path == self._uri:  # a server sees to that
+            yield
+            return
+        path = Path(path.partition("?")[0])
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _tags(self) -> dict[str, str]:
+        """What MLflow's table shows of a run's origin, and what its search finds runs by."""
+        script = f"{self._project}/train.py" if self._project else sys.argv[0]
+        tags = {
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": script,
+            "mlflow.user": getpass.getuser(),
+            "model": self._cfg.model.name,
+            "data": self._cfg.data.name,
+        }
+        if self._project:
+            tags["project"] = self._project
+        path = self._run_dir / "environment.json"
+        environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if commit := environment.get("git_commit"):
+            tags["mlflow.source.git.commit"] = commit.partition(" ")[0]
+        if precision := environment.get("precision"):
+            tags["precision"] = precision.partition(":")[0]
+        return tags
 
     def log(self, rows: list[Row]) -> None:
         from mlflow.entities import Metric
@@ -227,14 +332,24 @@ class MlflowBackend:
             raise
 
     def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
         name = self._cfg.tracking.project
-        if experiment := self._client.get_experiment_by_name(name):
-            return experiment.experiment_id
-        # Only a server knows where its artifacts belong.
-        own_files = "MLFLOW_TRACKING_URI" not in os.environ
-        return self._client.create_experiment(
-            name, artifact_location=(self._run_dir.parent / "mlartifacts").as_uri() if own_files else None
-        )
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            # Only a server knows where its artifacts belong.
+            own_files = not os.environ.get("MLFLOW_TRACKING_URI")
+            folder = (self._run_dir.parent / "mlartifacts").as_uri() if own_files else None
+            try:
+                return self._client.create_experiment(name, artifact_location=folder, tags=self.MODEL_TRAINING)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self._client.get_experiment_by_name(name)  # another process was faster
+        for tag, value in self.MODEL_TRAINING.items():
+            if tag not in experiment.tags:
+                self._client.set_experiment_tag(experiment.experiment_id, tag, value)
+        return experiment.experiment_id
 
     def _log_params(self, known: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -254,20 +369,36 @@ class WandbBackend:
 
     EXIT_CODE = {"completed": 0, "stopped": 0, "interrupted": 130, "failed": 1}  # noqa: RUF012
 
-    def __init__(self, cfg: BaseConfig, run_dir: Path):
-        self._cfg, self._run_dir = cfg, run_dir
+    def __init__(self, cfg: BaseConfig, run_dir: Path, project: str):
+        self._cfg, self._run_dir, self._project = cfg, run_dir, project
+        if not os.environ.get("WANDB_MODE", "offline"):
+            del os.environ["WANDB_MODE"]  # set to nothing, which W&B refuses
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")
         os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "2")  # what `wandb sync` finds after a kill
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(int(PATIENCE)))  # also for the exit of a run that crashed
-        try:
-            import wandb
-        except ImportError as error:
-            raise _missing("wandb", error) from None
+        import wandb
+
         self._wandb = wandb
         self.url, self.remedy = "", f"all metrics are in {run_dir / 'metrics.jsonl'}"
 
     def start(self) -> None:
+        self._init()
+        _save_run_id(self._run_dir, "wandb", self._run.id)
+        self._run.config.update(flatten(self._cfg), allow_val_change=True)  # a resumed run may differ
+        self.log_artifact(self._run_dir / "config.yaml")
+        folder = shlex.quote(str(self._run_dir / "wandb"))
+        self.url = f"wandb sync {folder}/offline-run-*" if self._run.offline else self._run.url
+        self.remedy += f"; what W&B has on disk goes out with: wandb sync --include-online {folder}/*run-*"
+
+    def annotate(self, metrics: dict[str, float], step: int, files: list[Path]) -> None:
+        self._init()
+        self._run.summary.update(metrics)
+        for file in files:
+            self.log_artifact(file)
+        self._run.finish()
+
+    def _init(self) -> None:
         from requests.utils import get_netrc_auth
 
         wandb = self._wandb
@@ -289,14 +420,9 @@ class WandbBackend:
             id=_saved_run_id(self._run_dir, "wandb") or secrets.token_hex(4),
             resume="allow",
             mode=os.environ.get("WANDB_MODE") or (None if has_key else "offline"),  # 0.18 overlooks it
+            tags=[self._project] if self._project else None,
             settings=quiet,
         )
-        _save_run_id(self._run_dir, "wandb", self._run.id)
-        self._run.config.update(flatten(self._cfg), allow_val_change=True)  # a resumed run may differ
-        self.log_artifact(self._run_dir / "config.yaml")
-        folder = shlex.quote(str(self._run_dir / "wandb"))
-        self.url = f"wandb sync {folder}/offline-run-*" if self._run.offline else self._run.url
-        self.remedy += f"; what W&B has on disk goes out with: wandb sync --include-online {folder}/*run-*"
 
     def log(self, rows: list[Row]) -> None:
         for row in rows:
@@ -317,8 +443,7 @@ class WandbBackend:
         for child in psutil.Process().children():
             if "wandb" in child.name():
                 child.kill()
-        with contextlib.suppress(Exception, SystemExit):  # or its exit hook would print a traceback
-            self._wandb.teardown()
+        self._wandb.teardown()  # or its exit hook would print a traceback
 
 
 def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:
@@ -326,23 +451,18 @@ def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:
         yield waiting.get()
 
 
-def _missing(package: str, error: ImportError) -> UserError:
-    return UserError(
-        f"tracking.backend={package} needs the package {package} ({error}): "
-        f"pip install {package}, or set tracking.backend=none"
-    )
+def _first_words(error: BaseException) -> str:
+    return without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def _saved_run_id(run_dir: Path, backend: str) -> str | None:
     path = run_dir / "tracking.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    return saved.get("run_id") if saved.get("backend") == backend else None
+    with contextlib.suppress(OSError, ValueError):  # none there, or damaged: a new tracker run then
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.get("backend") == backend:
+            return saved.get("run_id")
+    return None
 
 
 def _save_run_id(run_dir: Path, backend: str, run_id: str) -> None:
-    (run_dir / "tracking.json").write_text(json.dumps({"backend": backend, "run_id": run_id}) + "\n")
-
-
-def _without_secrets(text: str) -> str:
-    """`text` without the user and password of an address, as in postgresql://user:password@host."""
-    return re.sub(r"//[^/@\s]+@", "//", text)
+    write_whole(run_dir / "tracking.json", json.dumps({"backend": backend, "run_id": run_id}) + "\n")

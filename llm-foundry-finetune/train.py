@@ -78,6 +78,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
 @contextlib.contextmanager
 def in_place_of(folder: Path) -> Iterator[Path]:
     """A new folder, which becomes `folder` at the end of the block; an error leaves the earlier one as it was."""
+    folder = folder.resolve()  # it may be a link to a larger disk
     new = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(new, ignore_errors=True)  # of a start that was killed
     new.mkdir()

@@ -1,24 +1,27 @@
 """The driver's side of a run: it waits for the workers, shows what they print, and tells them to stop.
 
 Driver and workers are processes on different machines, maybe. What they share is the run folder: rank 0 writes what it
-prints into `console.log`, which the driver repeats, progress bar included; the driver asks for a stop by the file
-`.stop`, which rank 0 looks for after every step.
+prints into `console.log`, and its stderr into `console-errors.log`. The driver repeats both on its own streams,
+progress bar included. The driver asks for a stop by the file `.stop`, which rank 0 looks for after every step.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import ray.train
 
+from common import console as common_console
 from common.config import BaseConfig
 from common.errors import UserError
+from common.progress import shows_bars
 from common.runtime import StopRequest
 
 LOOK_SECONDS = 0.2
@@ -40,24 +43,24 @@ class StopFile:
         partial.rename(self.path)
 
 
-@contextlib.contextmanager
-def output_to(console: Path | None) -> Iterator[None]:
-    """Send what this process prints to the end of `console`; None: leave it as it is."""
-    if console is None:
-        yield
-        return
-    with (
-        console.open("a", encoding="utf-8", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield
+@dataclass
+class Console:
+    """Where rank 0 prints: what it writes to `output` and `errors`, the driver repeats on its stdout and stderr."""
+
+    output: Path
+    errors: Path
+    terminal: bool  # whether the driver's stdout can show progress bars
+
+
+def output_to(files: Console | None) -> contextlib.AbstractContextManager:
+    """Send what this process prints to the ends of `files`; None: leave it as it is."""
+    return common_console.output_to(files.output, files.errors, files.terminal) if files else contextlib.nullcontext()
 
 
 class Failures(ray.train.UserCallback):
     """In Ray's controller: a worker's mistake of the user's ends the run, anything else is told and left to Ray."""
 
-    def __init__(self, console: Path, max_failures: int):
+    def __init__(self, console: Console, max_failures: int):
         self.console, self.max_failures, self.count = console, max_failures, 0
 
     def after_exception(self, run_context, worker_exceptions: dict[int, Exception]) -> None:
@@ -72,9 +75,10 @@ class Failures(ray.train.UserCallback):
         lines = str(worker_exceptions[rank]).strip().splitlines()
         what = "died" if died else f"failed: {lines[-1]}"
         with output_to(self.console):
-            sys.stdout.write(
+            print(
                 f"\nwarning: the worker of rank {rank} {what}. Ray starts all workers again "
-                f"({self.count} of ray.max_failures={self.max_failures} times)\n"
+                f"({self.count} of ray.max_failures={self.max_failures} times)",
+                file=sys.stderr,
             )
 
 
@@ -89,7 +93,7 @@ def find_user_error(*errors: BaseException) -> UserError | None:
     return None
 
 
-def fit(trainer, request: StopRequest, stop: StopFile, console: Path) -> str:
+def fit(trainer, request: StopRequest, stop: StopFile, console: Console) -> str:
     """Run `trainer` to its end; the signal that stopped it, or an empty text.
 
     Raises `UserError` for a worker's, and what Ray gives for any other failure.
@@ -106,14 +110,17 @@ def fit(trainer, request: StopRequest, stop: StopFile, console: Path) -> str:
     # In a thread: signals come to this one, and Ray's own way with Ctrl-C is to abort.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    with console.open("rb") as lines:
+    with console.output.open("rb") as output, console.errors.open("rb") as errors:
+        repeats = [Repeat(output, sys.stdout), Repeat(errors, sys.stderr)]
         while thread.is_alive():
             thread.join(LOOK_SECONDS)
-            _repeat(lines)
+            for repeat in repeats:
+                repeat.new()
             if request.reason and not stop.path.exists():
                 stop.ask(request.reason)
                 print("\nStopping after this step, with a checkpoint ...", file=sys.stderr, flush=True)
-        _repeat(lines)
+        for repeat in repeats:
+            repeat.new()
     if error := ended[0]:
         raise find_user_error(error) or _not_placed(error) or error
     return request.signal_name
@@ -129,19 +136,29 @@ def _not_placed(error: BaseException) -> UserError | None:
     )
 
 
-def _repeat(lines) -> None:
-    if new := lines.read():
-        sys.stdout.buffer.write(new)
-        sys.stdout.buffer.flush()
+@dataclass
+class Repeat:
+    """Shows on `shown` what is appended to `file`, as text: a terminal may have another encoding."""
+
+    file: BinaryIO
+    shown: TextIO
+    decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
+
+    def new(self) -> None:
+        if text := self.decoder.decode(self.file.read()):
+            self.shown.write(text)
+            self.shown.flush()
 
 
-def open_run_folder(cfg: BaseConfig) -> tuple[Path, StopFile]:
+def open_run_folder(cfg: BaseConfig) -> tuple[Console, StopFile]:
     """The run folder's console and stop file, both new; raises `UserError` if the folder cannot be written."""
     folder = Path(cfg.output_dir)
-    console, stop = folder / "console.log", folder / ".stop"
+    console = Console(folder / "console.log", folder / "console-errors.log", shows_bars())
+    stop = folder / ".stop"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        console.write_bytes(b"")
+        for file in (console.output, console.errors):
+            file.write_bytes(b"")
         stop.unlink(missing_ok=True)
         # What an earlier start noted of its checkpoints. It may name some that are gone, which Ray takes for a damaged
         # run; this start's workers tell it what is there.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from trials import Record, Spans, Trials, ranking
 from common.checkpoints import IDENTITY
 from common.config import BaseConfig, get, save_config
 from common.errors import UserError
+from common.files import remove
 from common.report import print_table, read_json
 from common.run_folder import write_json
 
@@ -30,10 +30,9 @@ PLACE = "the folder that it was begun in"
 def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
     """A new search, or the one in the folder goes on. Raises `UserError` if that one was another."""
     if cfg.checkpoint.resume == "never":
-        for name in ("trials", "tune", "checkpoints", "model", "plots"):
-            shutil.rmtree(root / name, ignore_errors=True)
-        for name in ("identity.json", "spans.jsonl", "summary.json", "eval.json", "samples.md", "metrics.jsonl"):
-            (root / name).unlink(missing_ok=True)
+        for name in ("trials", "tune", "checkpoints", "model", "plots", "identity.json", "spans.jsonl", "summary.json",
+                     "eval.json", "samples.md", "metrics.jsonl"):  # fmt: skip
+            remove(root / name)
     path = root / "identity.json"
     begun = read_json(path)
     ours = {name: get(cfg, name) for name in SAME} | {

@@ -12,6 +12,7 @@ ASHA stops it where earlier trials were better at the same step. All trials have
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -37,6 +38,7 @@ from watch import Stopping, Watch
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
+from common.console import output_to
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
@@ -153,7 +155,7 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(not is_trial)
     environment = runtime.describe_environment(1, reason)
-    with RunFolder(cfg, PROJECT, True, environment) as run, runtime.explain_out_of_memory(cfg):
+    with RunFolder(cfg, PROJECT, True, environment, advice="") as run, runtime.explain_out_of_memory(cfg):
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         model = build_model(cfg, device, dtype)
         groups = models.parameter_groups(model, cfg.train.weight_decay)
@@ -216,7 +218,7 @@ class Trial(tune.Trainable):
         if not trials.root.parent.is_dir():
             raise UserError(f"output_dir={trials.root.parent} is not on this machine: all machines must share it")
         self.trials, self.record = trials, trials.read(self.trial_name)
-        self.training = iter(())
+        self.training, self.output = iter(()), contextlib.ExitStack()
         if self.record.status == "failed":
             raise UserError(self.record.error)
         if self.record.status:  # Ray's state was older than the kill: this trial had ended
@@ -226,6 +228,7 @@ class Trial(tune.Trainable):
         self.lock = lock(folder / ".lock", 60, f"{folder}: another process still writes there; try again in a minute")
         write_json(folder / "parameters.json", config)
         self.stopping = Stopping(trials.root.parent)
+        self.output.enter_context(output_to(trials.console(self.trial_name)))
         cfg = copy.deepcopy(cfg)
         cfg.train, cfg.output_dir = space.with_parameters(cfg, config), str(folder)
         cfg.hub.repo_id = ""
@@ -246,6 +249,7 @@ class Trial(tune.Trainable):
         if hasattr(self.training, "close"):
             self.training.close()
             self.lock.close()
+        self.output.close()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial takes over the process, so that it need not load Python's libraries and CUDA again."""

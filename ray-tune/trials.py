@@ -55,6 +55,10 @@ class Trials:
     def number(name: str) -> int:
         return int(name.removeprefix("trial-"))
 
+    def console(self, name: str) -> Path:
+        """What a trial's process prints, which Ray would hide in its own logs."""
+        return self.root / name / "console.log"
+
     def read(self, name: str) -> Record:
         folder = self.root / name
         ended, metrics = read_json(folder / "ended.json"), read_metrics(folder)
@@ -80,6 +84,8 @@ class Trials:
         curves = [(r.curve, bool(r.status)) if r else ({}, False) for r in known]
         for number, step in asha.stops(curves, self.rungs, self.reduction_factor).items():
             record = by_number[number]
+            if step >= self.total_steps:  # its first evaluation behind the last rung is its last one: nothing is left
+                continue
             record.status = record.status and "stopped"
             record.curve = {at: loss for at, loss in record.curve.items() if at <= step}
         return records

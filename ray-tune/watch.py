@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
-from tqdm.auto import tqdm
 from trials import Spans, Trials, best
 
+from common.progress import Progress
 from common.ray_address import joined
 from common.report import read_json
 from common.runtime import StopRequest
@@ -74,10 +74,13 @@ class Watch(Callback):
         ended = sum(bool(record.status) for record in self._trials.read_all())
         if ended:
             print(f"Going on with the search: {ended} of {self._count} trials have ended")
-        self._bar = tqdm(total=self._count, initial=ended, desc="Searching", unit="trial", dynamic_ncols=True)
+        self._bar, self._read = Progress("Searching", "trial", self._count, ended), {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:
         """Ends Ray's loop once every running trial has saved what it did; says so if the cluster has no room."""
+        for trial in trials:
+            if trial.status == Trial.RUNNING:
+                self._show_warnings(trial)
         if joined() and time.monotonic() > self._tell_at:
             self._tell_at = float("inf")
             self._bar.write(
@@ -104,10 +107,12 @@ class Watch(Callback):
         self._show_best()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
+        self._show_warnings(trial)
         step = trial.last_result["step"]
         self._end(trial, "completed" if step >= self._trials.total_steps else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_) -> None:
+        self._show_warnings(trial)
         own = read_json(self._trials.root / str(trial) / "summary.json")
         error = own.get("error") or _last_line(trial)
         self._bar.write(f"{trial}  failed: {error}")
@@ -130,7 +135,20 @@ class Watch(Callback):
     def _show_best(self) -> None:
         leader = best(self._trials.read_all())
         if leader:
-            self._bar.set_postfix_str(f"best {leader.name}: {leader.last[1]:.4f} at step {leader.last[0]:,}")
+            self._bar.show(f"best {leader.name}: {leader.last[1]:.4f} at step {leader.last[0]:,}")
+
+    def _show_warnings(self, trial: Trial) -> None:
+        """What a trial warned of since the last look, such as a tracker that failed: its process has no terminal."""
+        file = self._trials.console(str(trial))
+        if not file.is_file():
+            return
+        with file.open("rb") as lines:
+            lines.seek(self._read.get(str(trial), 0))
+            *whole, _ = lines.read().split(b"\n")
+        self._read[str(trial)] = self._read.get(str(trial), 0) + sum(len(line) + 1 for line in whole)
+        for line in whole:
+            if line.startswith(b"warning:"):
+                self._bar.write(f"{trial}  {line.decode(errors='replace')}")
 
 
 def _last_line(trial: Trial) -> str:

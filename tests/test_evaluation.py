@@ -34,6 +34,7 @@ from common.evaluation import (
 )
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, repeat_grouped_heads
+from common.tracking import start_tracker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAMILIES = ["qwen2", "llama", "opt", "bloom"]
@@ -257,6 +258,22 @@ def test_answer_scores_by_hand():
     assert answer_scores(["yes."], ["Yes."])["exact_match"] == 0
 
 
+@pytest.mark.parametrize(
+    ("package", "data_format", "words"),
+    [
+        ("rouge_score.rouge_scorer", "prompt-response", ["ROUGE-L", "pip install rouge_score", "eval.generate_rows=0"]),
+        ("matplotlib", "text", ["plots", "pip install matplotlib"]),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_is_measured(tmp_path, monkeypatch, package, data_format, words):
+    load_tokenizer(ModelConfig("tiny:llama"), seed=42).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("{}")  # a model that could not be loaded
+    cfg = BaseConfig(model=ModelConfig("tiny:llama"), data=data_config(data_format), output_dir=str(tmp_path))
+    monkeypatch.setitem(sys.modules, package, None)
+    with refused(*words):
+        compare(cfg, project="pytorch-ddp")
+
+
 def test_missing_fine_tuned_model_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", "--config", "smoke.yaml", "seed=3"])
     cfg = BaseConfig(output_dir=str(tmp_path))
@@ -388,6 +405,10 @@ def test_texts_have_samples_but_no_answer_scores(tmp_path, capsys):
     load_tokenizer(ModelConfig("tiny:llama"), seed=42).save_pretrained(tmp_path / "model")
     cfg = BaseConfig(model=ModelConfig("tiny:llama"), data=data_config("text"), output_dir=str(tmp_path), seed=1)
     cfg.eval.max_new_tokens = 8
+    cfg.tracking.backend, cfg.tracking.project = "mlflow", "letters"
+    save_config(cfg, tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text('{"status": "completed", "steps": 7}')
+    start_tracker(cfg, tmp_path, enabled=True).finish("completed")  # as the training does
     results = compare(cfg, project="pytorch-ddp")
     assert results == json.loads((tmp_path / "eval.json").read_text())
     # The exported model, read back, has the losses of the one in memory: eval.json agrees with the training's summary.
@@ -395,6 +416,14 @@ def test_texts_have_samples_but_no_answer_scores(tmp_path, capsys):
     total, targets, _ = sums_of(lively_model("llama"), held_out_batches(rows, 8, tokenizer.pad_token_id)).tolist()
     assert (results["fine_tuned"]["loss"], results["fine_tuned"]["tokens"]) == (pytest.approx(total / targets), targets)
     assert results["fine_tuned"]["model"] == "model" and results["base"]["model"] == "tiny:llama"
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path.parent}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("letters").experiment_id])
+    for role in ("base", "fine_tuned"):
+        for name in ("loss", "perplexity", "token_accuracy", "bits_per_byte"):
+            assert run.data.metrics[f"eval/{role}/{name}"] == results[role][name]
+    assert run.info.status == "FINISHED" and "eval/base/rouge_l" not in run.data.metrics
     assert "rouge_l" not in results["base"] and "ROUGE" not in capsys.readouterr().out
     texts = load_rows(cfg.data, cfg.seed)[1]["text"][:4]
     assert [sample["prompt"] + sample["reference"] for sample in results["samples"]] == [text.strip() for text in texts]

@@ -88,6 +88,31 @@ def ddp() -> list[tuple[float, float]]:
     return losses(folder)
 
 
+def test_what_rank_0_prints_comes_out_of_the_drivers_own_streams(modules, tmp_path, capsys, monkeypatch):
+    driver = modules["driver"]
+    cfg = modules["train"].Config(output_dir=str(tmp_path / "run"))
+    console, _ = driver.open_run_folder(cfg)
+    assert not console.terminal  # so rank 0 prints lines instead of bars
+    with driver.output_to(console):
+        print("held-out loss 3 → 2")
+        print("warning: tracking.backend=wandb is off", file=sys.stderr)
+        assert not sys.stdout.isatty()
+    with console.output.open("ab") as file, console.output.open("rb") as lines, console.errors.open("rb") as errors:
+        repeats = [driver.Repeat(lines, sys.stdout), driver.Repeat(errors, sys.stderr)]
+        for half in ("→".encode()[:1], "→".encode()[1:]):  # a character may be half written when the driver looks
+            file.write(half)
+            file.flush()
+            for repeat in repeats:
+                repeat.new()
+    shown = capsys.readouterr()
+    assert shown.out == "held-out loss 3 → 2\n→" and shown.err == "warning: tracking.backend=wandb is off\n"
+    with driver.output_to(None):
+        print("as it is")
+    assert capsys.readouterr().out == "as it is\n"
+    monkeypatch.setenv("PROGRESS", "bar")  # as a notebook sets it
+    assert driver.open_run_folder(cfg)[0].terminal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 16), (2, 2)])
 def test_losses_and_gradient_norms_are_those_of_ddp(cluster, ddp, tmp_path, workers, micro_batch):

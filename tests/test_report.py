@@ -133,6 +133,90 @@ def test_command_compares_runs_without_torch(tmp_path):
     assert bars[0] / bars[1] == pytest.approx(2, rel=0.2)  # a bar twice as long
 
 
+def with_conditions(run: Path, gpus: list[str] | None = None, ranks: int = 2, **settings) -> Path:
+    """The run's config.yaml and environment.json; `settings` are dotted keys with `__` for the dot."""
+    import yaml
+
+    config = {"model": {"name": "facebook/opt-1.3b"}, "data": {"name": "arxiv", "format": "text", "eval_rows": 200,
+              "max_length": 512, "packing": "none"}, "train": {"global_batch_size": 16, "micro_batch_size": 4},
+              "seed": 42}  # fmt: skip
+    for key, value in settings.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    described = [{"name": name, "memory_gib": 14.7} for name in gpus or []]
+    environment = {"world_size": ranks, "gpus": described, "precision": "fp16: Tesla T4, has no bf16"}
+    (run / "environment.json").write_text(json.dumps(environment))
+    return run
+
+
+T4S = ["Tesla T4", "Tesla T4"]
+
+
+def test_equal_conditions_stand_once_above_the_table(tmp_path, capsys):
+    report.print_comparison(
+        [with_conditions(write_run(tmp_path / name, f"pytorch-{name}"), T4S) for name in ("ddp", "fsdp")]
+    )
+    head, columns, *_ = (lines := capsys.readouterr().out.splitlines())
+    assert head == (
+        "model: facebook/opt-1.3b  data: arxiv, text, 200 held out  tokens: up to 512  batch: 16 (4 at once)  "
+        "seed: 42  devices: 2 × Tesla T4 (14.7 GiB)  precision: fp16"
+    )
+    assert columns.split()[:2] == ["run", "status"] and not any("note" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "column", "values", "words"),
+    [
+        ({"train__global_batch_size": 32}, "batch", ("16 (4 at once)", "32 (4 at once)"), "same step"),
+        ({"train__micro_batch_size": 2}, "batch", ("16 (4 at once)", "16 (2 at once)"), "speed and memory"),
+        ({"gpus": ["Tesla T4"], "ranks": 1}, "devices", ("2 × Tesla T4", "1 × Tesla T4"), "speed and memory"),
+        ({"gpus": [], "ranks": 2}, "devices", ("2 × Tesla T4", "2 CPU processes"), "speed and memory"),
+        ({"data__max_length": 1024}, "tokens", ("up to 512", "up to 1024"), "speed and memory"),
+        ({"data__packing": "wrapped"}, "tokens", ("up to 512", "up to 512, packed"), "speed and memory"),
+        ({"seed": 7}, "seed", ("42", "7"), "same step"),
+    ],
+)
+def test_what_differs_has_a_column_and_a_note(tmp_path, capsys, settings, column, values, words):
+    one = with_conditions(write_run(tmp_path / "one"), T4S)
+    other = with_conditions(write_run(tmp_path / "other"), **{"gpus": T4S, **settings})
+    report.print_comparison([one, other])
+    head, columns, _, *rows, note = capsys.readouterr().out.splitlines()
+    assert column not in head.split(": ")[0::2] and f"{column}:" not in head
+    assert columns.split()[1] == column
+    assert [value in row for value, row in zip(values, rows, strict=True)] == [True, True], rows
+    assert note.startswith(f"note: these runs differ in {column}: ") and words in note
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model__name": "tiny:qwen2"}, {"data__name": "imdb"}, {"data__eval_rows": 8}, {"data__format": "messages"},
+     {"model__random_weights": True}],
+    ids=str,
+)  # fmt: skip
+def test_runs_whose_losses_cannot_be_compared_have_tables_and_plots_of_their_own(tmp_path, capsys, settings):
+    runs = [with_conditions(write_run(tmp_path / name, f"project-{name}"), T4S) for name in ("a", "b")]
+    runs.insert(1, with_conditions(write_run(tmp_path / "c", "project-c"), T4S, **settings))
+    report.print_comparison(runs)
+    out = capsys.readouterr().out
+    tables = [line for line in out.splitlines() if line.startswith("run ")]
+    order = [line.split()[0] for line in out.splitlines() if line.startswith("project-")]
+    assert len(tables) == 2 and order == ["project-a", "project-b", "project-c"]
+    assert "note: 2 tables" in out and "differ in" not in out
+    path = report.plot_comparison(runs)
+    one_table = report.plot_comparison([runs[0], runs[2]])
+    assert path == one_table == tmp_path / "comparison.png"
+    assert report.comparable(runs) == [[runs[0], runs[2]], [runs[1]]]
+
+
+def test_a_row_of_the_plot_for_each_model(tmp_path):
+    runs = [with_conditions(write_run(tmp_path / name, f"project-{name}"), T4S) for name in ("a", "b")]
+    height = imread(report.plot_comparison(runs)).shape[0]
+    with_conditions(runs[1], T4S, model__name="tiny:opt")
+    assert imread(report.plot_comparison(runs)).shape[0] == 2 * height
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_command_names_a_folder_without_a_run(tmp_path):
     command = [sys.executable, "-m", "common.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)

@@ -15,9 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import refused
 from wandb_log import config, history, read_wandb
 
+from common.config import BaseConfig
 from common.deepspeed_launcher import free_port
+from common.tracking import Tracker, check_tracker, log_results
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = "x" * 20_000
@@ -38,11 +41,12 @@ cfg.train.max_steps = last
 cfg.data.prompt_template = "x" * 20_000
 run_dir.mkdir(parents=True, exist_ok=True)
 save_config(cfg, run_dir / "config.yaml")
+(run_dir / "environment.json").write_text('{"git_commit": "0a1b2c with local changes", "precision": "fp16: as set"}')
 (run_dir / "plots").mkdir(exist_ok=True)
 (run_dir / "plots" / "loss.png").write_bytes(b"picture")
 tracking.PATIENCE = float(sys.argv[6])
 began = time.monotonic()
-tracker = start_tracker(cfg, run_dir, enabled=True)
+tracker = start_tracker(cfg, run_dir, enabled=True, project="pytorch-ddp")
 print("url:", tracker.url)
 slowest = 0.0
 for step in range(first, last + 1):
@@ -134,25 +138,77 @@ assert not {{"mlflow", "wandb"}} & set(sys.modules)
 
 
 @pytest.mark.parametrize("backend", ["mlflow", "wandb"])
-def test_a_missing_library_is_named_with_its_pip_command(tmp_path: Path, backend: str):
-    # -S and a path without site-packages would hide everything; an importable module that refuses hides just this one.
-    (tmp_path / f"{backend}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{backend}'\")")
-    code = f"""
-from pathlib import Path
-from common.config import BaseConfig
-from common.errors import UserError
-from common.tracking import start_tracker
-cfg = BaseConfig()
-cfg.tracking.backend = {backend!r}
-try:
-    start_tracker(cfg, Path("run"), enabled=True)
-except UserError as error:
-    print(error)
-"""
-    env = environment(tmp_path) | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert f"tracking.backend={backend}" in done.stdout
-    assert f"pip install {backend}" in done.stdout
+def test_a_missing_library_is_named_with_its_pip_command_before_the_run(monkeypatch, backend: str):
+    cfg = BaseConfig()
+    cfg.tracking.backend = backend
+    check_tracker(cfg)
+    monkeypatch.setitem(sys.modules, backend, None)
+    with refused(f"tracking.backend={backend}", f"pip install {backend}", "tracking.backend=none"):
+        check_tracker(cfg)
+
+
+# What a broken library does, when it is imported, started, given metrics and closed.
+BROKEN = {
+    "refuses its import": "raise ImportError('libcudart.so.99: cannot open shared object file')",
+    "has a dependency of another version": "raise TypeError('Descriptors cannot be created directly')",
+    "finds no user": "import pwd; pwd.getpwuid(4294967294)",
+    "leaves the process": "raise SystemExit('wandb: ERROR quitting')",
+    "starts and fails": "def __getattr__(name): raise RuntimeError('no ' + name)",
+}
+
+
+@pytest.mark.parametrize("backend", ["mlflow", "wandb"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_library_is_a_warning(tmp_path: Path, backend: str, how: str):
+    (tmp_path / f"{backend}.py").write_text(BROKEN[how])
+    printed, stderr, _ = train(tmp_path / "run", backend, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    assert_one_warning(stderr, backend)
+    assert "metrics.jsonl" in stderr or how == "starts and fails"
+    assert printed["url"] == printed["url afterwards"] == ""
+
+
+class Fragile:
+    """A backend that fails in one of its methods, with an error of any kind."""
+
+    url, remedy = None, "nothing is lost"
+
+    def __init__(self, method: str, error: BaseException):
+        self._method, self._error = method, error
+
+    def __getattr__(self, name: str):
+        def call(*_):
+            if name == self._method:
+                raise self._error
+
+        return call
+
+
+@pytest.mark.parametrize("method", ["start", "log", "log_artifact", "finish"])
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), KeyError("uid"), SystemExit(1)])
+def test_a_tracker_that_fails_at_any_time_is_one_warning(capsys, tmp_path: Path, method: str, error: BaseException):
+    tracker = Tracker("wandb", lambda: Fragile(method, error))
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log_artifacts(tmp_path)
+    tracker.finish("completed")
+    assert tracker.url == ""
+    assert_one_warning(capsys.readouterr().err, "wandb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "is_logged"),
+    [
+        ({"WANDB_MODE": "disabled"}, False),
+        ({"WANDB_DISABLED": "true"}, False),
+        ({"WANDB_MODE": "dryrun"}, True),
+        ({"WANDB_MODE": ""}, True),
+    ],
+    ids=str,
+)
+def test_wandb_by_its_own_switches(run_dir: Path, variables: dict, is_logged: bool):
+    printed, stderr, _ = train(run_dir, "wandb", **variables)
+    assert stderr == ""
+    assert bool(printed["url"]) == bool(segments(run_dir)) == (run_dir / "tracking.json").exists() == is_logged
 
 
 # --- MLflow ----------------------------------------------------------------------------------------------------------
@@ -190,6 +246,14 @@ def test_mlflow_in_a_sqlite_file_and_resumed(run_dir: Path):
     assert (stored / "config.yaml").read_bytes() == (run_dir / "config.yaml").read_bytes()
     assert (stored / "plots" / "loss.png").read_bytes() == b"picture"
 
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    origin = {"mlflow.source.name": "pytorch-ddp/train.py", "mlflow.source.type": "LOCAL", "precision": "fp16",
+              "project": "pytorch-ddp", "model": "tiny:qwen2", "data": "pydoc",
+              "mlflow.source.git.commit": "0a1b2c"}  # fmt: skip
+    assert origin.items() <= run.data.tags.items()
+    assert run.data.tags["mlflow.user"]
+
     _, stderr, _ = train(run_dir, "mlflow", 21, 30)
     assert stderr == ""
     client, resumed = read_mlflow(uri)
@@ -198,7 +262,47 @@ def test_mlflow_in_a_sqlite_file_and_resumed(run_dir: Path):
     assert steps_of(client, resumed, "loss") == {step: 1 / step for step in range(1, 31)}
     assert resumed.data.params["train.max_steps"] == "20"
     assert resumed.data.tags["resumed.train.max_steps"] == "30"
+
+    cfg = BaseConfig()
+    cfg.tracking.backend, cfg.tracking.project = "mlflow", "letters"
+    (run_dir / "eval.json").write_text("{}")
+    log_results(cfg, run_dir, {"eval/base/loss": 3.5, "eval/fine_tuned/loss": 2.25}, 30, [run_dir / "eval.json"])
+    evaluated = client.get_run(run.info.run_id)
+    assert evaluated.info.status == "FINISHED"
+    assert steps_of(client, evaluated, "eval/fine_tuned/loss") == {30: 2.25}
+    assert evaluated.data.metrics["eval/base/loss"] == 3.5
+    assert (stored / "eval.json").is_file()
     assert_nowhere(SECRET, run_dir.parent, stderr, *printed.values())
+
+
+@pytest.mark.slow
+def test_runs_that_start_together_are_all_in_the_file(tmp_path: Path):
+    arguments = ["mlflow", "1", "20", "completed", "20"]
+    loop = "print('ready', flush=True); input()\n" + LOOP.replace("    PAUSE", "    time.sleep(0.05)")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import mlflow\n{loop}", str(tmp_path / f"trial-{number}"), *arguments],
+            env=environment(tmp_path),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [line for p in processes for line in p.communicate(timeout=120)[0].splitlines() if "warning" in line] == []
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("letters").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == [f"trial-{number}" for number in range(4)]
+    for run in runs:
+        assert steps_of(client, run, "loss") == {step: 1 / step for step in range(1, 21)}
 
 
 @pytest.fixture
@@ -254,13 +358,15 @@ def test_mlflow_with_a_server_that_then_hangs(run_dir: Path, mlflow_server):
 
 
 @pytest.mark.slow
-def test_mlflow_with_no_server(run_dir: Path):
-    uri = f"http://alice:{SECRET}@127.0.0.1:{free_port()}"
+@pytest.mark.parametrize("password", [SECRET, "p@ss/w ord#7"])
+def test_mlflow_with_no_server(run_dir: Path, password: str):
+    uri = f"http://alice:{password}@127.0.0.1:{free_port()}"
     printed, stderr, seconds = train(run_dir, "mlflow", MLFLOW_TRACKING_URI=uri)
     assert_one_warning(stderr, "mlflow")
     assert float(printed["seconds"]) < 15
     assert seconds < 25
-    assert_nowhere(SECRET, run_dir, stderr, *printed.values())
+    assert_nowhere(password, run_dir, stderr, *printed.values())
+    assert not any(part in stderr for part in ("alice", "w ord", "p%40ss"))
 
 
 # --- W&B -------------------------------------------------------------------------------------------------------------

@@ -161,6 +161,8 @@ def test_a_search_beats_the_default_and_leaves_table_plots_and_model(whole, modu
     assert most_checkpoints <= 3  # two running trials, and the best of those that ended
     assert checkpoints(folder) == [found["best"]]
     assert "stopped early" in output and "Traceback" not in output and "WARNING" not in output
+    assert "it reached the full budget" in output
+    assert "This run is complete" not in output and "train.max_steps" not in output  # it is not the user's to train on
     lines = re.findall(r"^trial-\d+ +step +(\d+) of 90 ", output, re.MULTILINE)
     assert set(lines) == {"10", "30", "90"}  # one at each rung and at the end: most evaluations decide nothing
     assert "Searching: 100%" in output and "Training:" not in output  # of a best trial that was complete already
@@ -377,7 +379,10 @@ def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
 
     some, every = config("[1.0e-3, 1.0e+30]"), config("[1.0e+30]")
     settings = ["search.trials=4", "search.algorithm=optuna", f"output_dir={tmp_path}/some"]
-    output = run(PROJECT, *QUICK, *settings, config=some)
+    # A tracker that fails in a trial's process is the user's to know.
+    output = run(PROJECT, *QUICK, *settings, "tracking.backend=wandb", config=some, WANDB_MODE="nonsense")
+    for number in range(4):
+        assert f"trial-{number:03d}  warning: tracking.backend=wandb is off from here on" in output
     rows = table(tmp_path / "some")
     assert sorted(row["trial"] for row in rows) == [f"trial-{n:03d}" for n in range(4)]
     failed = [row for row in rows if row["status"] == "failed"]
@@ -463,6 +468,30 @@ def test_ashas_decisions_do_not_depend_on_the_order_of_the_reports(modules):
             assert decided.items() <= now.items()  # a decision is never taken back
             decided = now
         assert decided == expected
+
+
+@pytest.mark.parametrize(
+    ("last_rung", "status"), [(40, "stopped"), (50, "stopped"), (54, "completed"), (59, "completed")]
+)
+def test_a_full_budget_is_completed_wherever_the_last_rung_lies(modules, tmp_path, last_rung, status):
+    """Evaluations are every ten steps of sixty: the first one at or behind the last rung may be the last of all."""
+    trials = modules["trials"].Trials(tmp_path, 60, [20, last_rung], 3)
+    for number, loss in enumerate((2.0, 3.0)):  # the second one is worse at the last rung only
+        folder = tmp_path / f"trial-{number:03d}"
+        folder.mkdir()
+        steps = [step for step in range(10, 70, 10) if number == 0 or status == "completed" or step <= last_rung]
+        (folder / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"step": s, "loss": 2.0, "seconds": s, "eval_loss": loss if s >= last_rung else 2.0}) + "\n"
+                for s in steps
+            )
+        )
+        trials.end(folder.name, "completed")
+    first, second = trials.read_all()
+    assert first.status == "completed" and second.status == status
+    assert second.last == ((60, 3.0) if status == "completed" else (last_rung, 3.0))
+    (tmp_path / "summary.json").write_text("{}")
+    assert modules["outcome"].figures(trials)["completed"] == 1 + (status == "completed")
 
 
 def test_best_is_the_furthest_and_then_the_lowest(modules, tmp_path):
