@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from common import pydoc_data
+from common.chat import assistant_spans
 from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
@@ -199,43 +200,97 @@ def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
     texts = _texts(batch, data.text_column, start, data)
     written = [text for text in texts if text.strip()]
-    encoded = iter(_ids(tokenizer, written) if written else ())
+    before, after = _added_tokens(tokenizer)
+    encoded = iter(_encode(tokenizer, written)["input_ids"] if written else ())
     for text in texts:
-        yield (_with_eos(next(encoded), tokenizer) if text.strip() else []), 0
+        ids = next(encoded) if text.strip() else []
+        yield (_with_eos(ids[: len(ids) - after], before, tokenizer) if ids else []), 0
 
 
 def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
-    prompts = _ids(tokenizer, render_prompts(batch, data, start))
-    responses = _ids(tokenizer, _texts(batch, data.response_column, start, data), add_special_tokens=False)
-    for prompt, response in zip(prompts, responses, strict=True):
-        if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]  # some tokenizers end every text with EOS
-        yield prompt + _with_eos(response, tokenizer), len(prompt)
+    prompts = render_prompts(batch, data, start)
+    responses = _texts(batch, data.response_column, start, data)
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    for prompt, (ids, ends) in zip(prompts, _encode_with_ends(tokenizer, texts), strict=True):
+        first = _first_target(ends, len(prompt))
+        yield _with_eos(ids, first, tokenizer), first
 
 
 def _encode_messages(
     batch: dict[str, list], start: int, data: DataConfig, tokenizer
 ) -> Iterator[tuple[list[int], list]]:
-    for i, messages in enumerate(batch[data.messages_column]):
-        _check_messages(messages, f"data.name={data.name}: row {start + i}: column {data.messages_column}", tokenizer)
-        text, targets_at = "", []  # the rendered conversation, and the spans of it that the assistant writes
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                earlier, prompt = text, _render(tokenizer, messages[:turn], add_generation_prompt=True)
-                text = _render(tokenizer, messages[: turn + 1])
-                if not (prompt.startswith(earlier) and text.startswith(prompt)):
-                    raise UserError(
-                        f"data.format=messages: the chat template of model.name changes earlier turns when a new one "
-                        f"comes, so that the assistant's tokens cannot be told apart (data.name={data.name}: row "
-                        f"{start + i}); use single-turn rows, or data.format=prompt-response"
-                    )
-                targets_at.append((len(prompt), len(text)))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        targets = [any(a <= begin and end <= b for a, b in targets_at) for begin, end in encoded["offset_mapping"]]
-        if ids and targets[-1] and tokenizer.eos_token_id not in ids[-2:]:
+    conversations = [
+        _conversation(messages, data, tokenizer, f"row {start + i}: ")
+        for i, messages in enumerate(batch[data.messages_column])
+    ]
+    _check_offsets(tokenizer)
+    encoded = _encode(tokenizer, [text for text, _, _ in conversations], add_special_tokens=False).encodings
+    for (text, spans, marked), encoding in zip(conversations, encoded, strict=True):
+        ids, targets = encoding.ids, _overlapping(encoding.offsets, spans)
+        # A template that marks the assistant's words knows how they end. Another one may end a turn with no EOS.
+        if not marked and ids and targets[-1] and not text.rstrip().endswith(tokenizer.eos_token):
             ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
         yield ids, targets
+
+
+def _encode(tokenizer, texts: list[str], **options):
+    # verbose=False: rows above the model's length are cut or packed below, so its warning would mislead.
+    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)
+
+
+def _encode_with_ends(
+    tokenizer, texts: list[str], add_special_tokens: bool = True
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Of each text, its tokens and where each of them ends, in characters; nothing that the tokenizer adds at its end.
+
+    A text is tokenized in one piece: tokens may join what one part of it ends with and the next begins with, and a
+    tokenizer may put a space before whatever it is given.
+    """
+    _check_offsets(tokenizer)
+    _, after = _added_tokens(tokenizer) if add_special_tokens else (0, 0)
+    for encoding in _encode(tokenizer, texts, add_special_tokens=add_special_tokens).encodings:
+        ids = encoding.ids
+        yield ids[: len(ids) - after], [end for _, end in encoding.offsets][: len(ids) - after]
+
+
+def _first_target(ends: list[int], at: int) -> int:
+    """The first token with a character at `at` or behind it: the one that crosses the border is a target."""
+    return next((i for i, end in enumerate(ends) if end > at), len(ends))
+
+
+def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Of each token, whether a character of it lies in one of the `spans`, which are in order."""
+    targets, done, behind = [], 0, 0
+    for begin, end in offsets:
+        if begin == end:  # white space that the tokenizer leaves out of its offsets
+            begin = min(begin, behind)
+        while done < len(spans) and spans[done][1] <= begin:
+            done += 1
+        targets.append(done < len(spans) and spans[done][0] < min(end, spans[done][1]))
+        behind = max(behind, end)
+    return targets
+
+
+def _check_offsets(tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.name: its tokenizer, {type(tokenizer).__name__}, does not say which characters a token stands for, "
+            f"so that prompt and response cannot be told apart: save it as a fast one (tokenizer.json), or set "
+            f"data.format=text"
+        )
+
+
+def _added_tokens(tokenizer) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before and behind any text, BOS and EOS for instance."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return before, len(full) - before - len(bare)
+
+
+def _with_eos(ids: list[int], first: int, tokenizer) -> list[int]:
+    """`ids` with EOS at their end, unless the part from `first` on ends with one."""
+    return ids if ids[first:] and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> list[str]:
@@ -254,25 +309,48 @@ def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> 
         ) from None
 
 
-def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tuple[str, str]:
-    """What a model is given, and the answer that it should give, for a prompt-response or messages row."""
+class Prompt(NamedTuple):
+    """What a model is given."""
+
+    text: str
+    continuation: str  # what follows it in training: on this depends where the last token of a prompt ends
+
+
+def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tuple[Prompt, str]:
+    """What a model is given, and the answer that it should give, for a prompt-response or messages row.
+
+    Of a conversation, the assistant's last turn is the answer.
+    """
     if data.format == "messages":
-        messages = row[data.messages_column]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return _render(tokenizer, messages[:last], add_generation_prompt=True), messages[last]["content"]
-    return render_prompts({name: [value] for name, value in row.items()}, data)[0], row[data.response_column]
+        text, spans, _ = _conversation(row[data.messages_column], data, tokenizer)
+        answers = [m["content"] for m in row[data.messages_column] if m["role"] == "assistant"]
+        begin = spans[-1][0] if spans else len(text)
+        return Prompt(text[:begin], text[begin:]), answers[-1]
+    (text,) = render_prompts({name: [value] for name, value in row.items()}, data)
+    return Prompt(text, row[data.response_column]), row[data.response_column]
 
 
-def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    if not messages:
-        return ""
+def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int], str]:
+    """The tokens before the first target, as training has them, and the end of the prompt that they do not spell.
+
+    There is such an end where a token joins it with the continuation: an answer begins with it.
+    """
+    is_chat = data.format == "messages"  # a chat template has written its special tokens into the text already
+    ((ids, ends),) = _encode_with_ends(tokenizer, ["".join(prompt)], add_special_tokens=not is_chat)
+    first = _first_target(ends, len(prompt.text))
+    return ids[:first], prompt.text[max(ends[:first], default=0) :]
+
+
+def _conversation(messages: Any, data: DataConfig, tokenizer, where: str = "") -> tuple[str, list, bool]:
+    """See `assistant_spans`. Raises `UserError` for what is no conversation with an assistant in it."""
+    where = f"data.name={data.name}: {where}column {data.messages_column}"
+    _check_messages(messages, where, tokenizer)
+    # A row that lacks a key has it as null where others have it, and a template would print that.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of the model's author, and refuses as it likes
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"data.format=messages: the chat template of model.name refuses the turns {roles}: {error}"
-        ) from error
+        return assistant_spans(tokenizer, messages, data.date)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_messages(messages: Any, where: str, tokenizer) -> None:
@@ -295,15 +373,6 @@ def _texts(batch: dict[str, list], column: str, start: int, data: DataConfig) ->
                 f"{type(value).__name__} {str(value)[:40]!r}, not text"
             )
     return batch[column]
-
-
-def _ids(tokenizer, texts: list[str], **options) -> list[list[int]]:
-    # verbose=False: rows above the model's length are cut or packed below, so its warning would mislead.
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-
-
-def _with_eos(ids: list[int], tokenizer) -> list[int]:
-    return ids if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:

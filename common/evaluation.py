@@ -30,7 +30,7 @@ from transformers import GenerationConfig
 
 from common import report
 from common.config import BaseConfig, DataConfig, ModelConfig, get, load_config
-from common.data import TokenizedRows, collate, load_rows, prompt_and_reference, tokenize
+from common.data import Prompt, TokenizedRows, collate, load_rows, prompt_and_reference, prompt_tokens, tokenize
 from common.errors import UserError
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
@@ -127,11 +127,12 @@ def figures(sums: Tensor, text_bytes: int) -> dict[str, float]:
     }
 
 
-def questions(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
-    """(prompt, reference) of each row; of a text, its beginning and how it goes on."""
+def questions(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[Prompt, str]]:
+    """(prompt, reference) of each row; of a text, its beginning and how it continues."""
     if data.format != "text":
         return [prompt_and_reference(row, data, tokenizer) for row in rows]
-    return [_split_text(row[data.text_column].strip()) for row in rows]
+    parts = [_split_text(row[data.text_column].strip()) for row in rows]
+    return [(Prompt(*part), part[1]) for part in parts]
 
 
 def _split_text(text: str) -> tuple[str, str]:
@@ -141,12 +142,9 @@ def _split_text(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def encode_prompt(prompt: str, data: DataConfig, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[int]:
+def encode_prompt(prompt: Prompt, data: DataConfig, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[int]:
     """Token ids of `prompt` as training has them; of more than `longest` tokens the last, where the answer begins."""
-    # A chat template has written its special tokens into the text already.
-    ids = tokenizer(prompt, add_special_tokens=data.format != "messages", verbose=False)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    ids, _ = prompt_tokens(prompt, data, tokenizer)
     return ids[-longest:] or [tokenizer.eos_token_id]  # an empty prompt starts where a packed document would
 
 
@@ -230,7 +228,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
             raise UserError(f"{str(error).split('. GPU')[0]}: {smaller}") from None
         release_memory()  # this model, before the next one is loaded
     samples = [
-        {"prompt": prompt, "reference": reference, "base": base, "fine_tuned": tuned}
+        {"prompt": prompt.text, "reference": reference, "base": base, "fine_tuned": tuned}
         for (prompt, reference, base), (_, _, tuned) in zip(answers["base"], answers["fine_tuned"], strict=True)
     ][: cfg.eval.samples]
     results = {
@@ -310,7 +308,7 @@ def _place(name: str) -> str:
 
 def _measure(
     source: ModelConfig, cfg: BaseConfig, held_out: Dataset, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+) -> tuple[dict[str, Any], list[tuple[Prompt, str, str]]]:
     """One model's figures, and (prompt, reference, answer) of the first rows. The same on every process."""
     started = time.perf_counter()
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -338,7 +336,7 @@ def _measure(
 
 
 def _answer(
-    prompts: list[str],
+    prompts: list[Prompt],
     cfg: BaseConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -356,7 +354,16 @@ def _answer(
         (start, generate(model, tokenizer, ids[start : start + size], cfg.eval.max_new_tokens, dtype))
         for start in tqdm(starts, desc="answers", disable=not accelerator.is_main_process, leave=False)
     ]
-    return [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
+    answers = [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
+    return [
+        _without(prompt_tokens(prompt, cfg.data, tokenizer)[1], answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _without(rest: str, answer: str) -> str:
+    """`answer` without the end of the prompt that it begins with; decoding may have dropped a space in front."""
+    return answer.lstrip().removeprefix(rest.lstrip()) if rest else answer
 
 
 def _write(results: dict[str, Any], run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from conftest import refused
 from matplotlib.image import imread
 
 from common.config import BaseConfig, DataConfig, ModelConfig, save_config
-from common.data import load_rows, tokenize
+from common.data import Prompt, load_rows, tokenize
 from common.errors import UserError
 from common.evaluation import (
     answer_scores,
@@ -188,7 +188,7 @@ PROMPTS = ["What is it?\n", "What does asyncio.Queue.get_nowait(self) do, and wh
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_answers_equal_one_by_one(family):
     tokenizer, model = load_tokenizer(ModelConfig(f"tiny:{family}"), seed=1), lively_model(family)
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     ids, expected = answers_by_hand(model, tokenizer, prompts, 12, {tokenizer.eos_token_id})
     # A chat model's own settings, which must have no say in a comparison.
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
@@ -200,7 +200,7 @@ def test_left_padded_answers_equal_one_by_one(family):
 @pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers repeats them itself")
 def test_answers_do_not_change_where_grouped_heads_are_repeated():
     tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     make_greedy(model, tokenizer)
     expected = generate(model, tokenizer, prompts, 12, torch.float32)
     repeat_grouped_heads(model)  # what a T4 needs
@@ -211,7 +211,7 @@ def test_answers_do_not_change_where_grouped_heads_are_repeated():
 
 def test_any_end_token_of_the_model_stops_an_answer():
     tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     (first, *_), _ = answers_by_hand(model, tokenizer, prompts, 12, set())
     end = first[3]
     ids, expected = answers_by_hand(model, tokenizer, prompts, 12, {end, tokenizer.eos_token_id})
@@ -237,16 +237,16 @@ def test_prompts_are_those_of_training(family, data_format):
 
 def test_long_and_empty_prompts_can_be_answered():
     tokenizer, data = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), data_config()
-    ids = encode_prompt(PROMPTS[1], data, tokenizer, 256)
-    assert encode_prompt(PROMPTS[1], data, tokenizer, 5) == ids[-5:]
-    assert encode_prompt("", data, tokenizer, 5) == [tokenizer.eos_token_id]
+    ids = encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 256)
+    assert encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 5) == ids[-5:]
+    assert encode_prompt(Prompt("", "It."), data, tokenizer, 5) == [tokenizer.eos_token_id]
 
 
 def test_text_is_continued_from_a_word_boundary():
     rows, _, tokenizer = held_out("text")
     for (prompt, rest), row in zip(questions(rows, data_config("text"), tokenizer), rows, strict=True):
-        assert prompt + rest == row["text"].strip()
-        assert 0 < len(prompt) <= min(160, len(row["text"]) // 2) and rest[0].isspace()
+        assert prompt.text + rest == row["text"].strip()
+        assert 0 < len(prompt.text) <= min(160, len(row["text"]) // 2) and rest[0].isspace()
 
 
 def test_answer_scores_by_hand():
