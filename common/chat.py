@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import re
 from typing import Any
 
 from common.errors import UserError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-MONTHS = "January February March April May June July August September October November December".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = ("January", "February", "March", "April", "May", "June", "July")
+MONTHS += ("August", "September", "October", "November", "December")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 def assistant_spans(tokenizer, messages: list[dict[str, Any]], today: str) -> tuple[str, list[tuple[int, int]], bool]:
@@ -47,7 +47,7 @@ def _span(tokenizer, messages: list[dict], turn: int, text: str, template: str) 
         if not so_far.startswith(header):
             raise _changes_turns()
     if not text.startswith(so_far):  # as where EOS stands behind the last turn only
-        end = _end_of_word(tokenizer, text, len(os.path.commonprefix([so_far, text])))
+        end = _end_of_word(tokenizer, text, _equal_until(so_far, text))
         if end < len(so_far) - len(tail):
             raise _changes_turns()
     return start, end
@@ -67,7 +67,11 @@ def _generation_prompt(tokenizer, earlier: list[dict], so_far: str, template: st
 def _frame(tokenizer, messages: list[dict], template: str) -> tuple[str, str]:
     """What the template puts before and behind the content of the last message: what does not change with it."""
     one, other = (_render(tokenizer, [*messages[:-1], {**messages[-1], "content": x}], template) for x in "AB")
-    return os.path.commonprefix([one, other]), os.path.commonprefix([one[::-1], other[::-1]])[::-1]
+    return one[: _equal_until(one, other)], one[len(one) - _equal_until(one[::-1], other[::-1]) :]
+
+
+def _equal_until(one: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _end_of_word(tokenizer, text: str, end: int) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +31,7 @@ from common.loss import IGNORE, count_targets
 
 if TYPE_CHECKING:
     import datasets
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -211,8 +214,10 @@ def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenize
     prompts = render_prompts(batch, data, start)
     responses = _texts(batch, data.response_column, start, data)
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    for prompt, (ids, ends) in zip(prompts, _encode_with_ends(tokenizer, texts), strict=True):
-        first = _first_target(ends, len(prompt))
+    _, after = _added_tokens(tokenizer)
+    for prompt, encoding in zip(prompts, _encodings(tokenizer, texts), strict=True):
+        ids = encoding.ids[: len(encoding.ids) - after]
+        first = _within(encoding, len(ids), len(prompt)).start
         yield _with_eos(ids, first, tokenizer), first
 
 
@@ -223,10 +228,13 @@ def _encode_messages(
         _conversation(messages, data, tokenizer, f"row {start + i}: ")
         for i, messages in enumerate(batch[data.messages_column])
     ]
-    _check_offsets(tokenizer)
-    encoded = _encode(tokenizer, [text for text, _, _ in conversations], add_special_tokens=False).encodings
-    for (text, spans, marked), encoding in zip(conversations, encoded, strict=True):
-        ids, targets = encoding.ids, _overlapping(encoding.offsets, spans)
+    encodings = _encodings(tokenizer, [text for text, _, _ in conversations], add_special_tokens=False)
+    for (text, spans, marked), encoding in zip(conversations, encodings, strict=True):
+        ids = encoding.ids
+        targets = [False] * len(ids)
+        for span in spans:
+            for i in _within(encoding, len(ids), *span):
+                targets[i] = True
         # A template that marks the assistant's words knows how they end. Another one may end a turn with no EOS.
         if not marked and ids and targets[-1] and not text.rstrip().endswith(tokenizer.eos_token):
             ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
@@ -238,37 +246,46 @@ def _encode(tokenizer, texts: list[str], **options):
     return tokenizer(texts, return_attention_mask=False, verbose=False, **options)
 
 
-def _encode_with_ends(
-    tokenizer, texts: list[str], add_special_tokens: bool = True
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Of each text, its tokens and where each of them ends, in characters; nothing that the tokenizer adds at its end.
+def _encodings(tokenizer, texts: list[str], **options) -> list[Encoding]:
+    """The tokens of each text, with the characters that each stands for.
 
     A text is tokenized in one piece: tokens may join what one part of it ends with and the next begins with, and a
     tokenizer may put a space before whatever it is given.
     """
     _check_offsets(tokenizer)
-    _, after = _added_tokens(tokenizer) if add_special_tokens else (0, 0)
-    for encoding in _encode(tokenizer, texts, add_special_tokens=add_special_tokens).encodings:
-        ids = encoding.ids
-        yield ids[: len(ids) - after], [end for _, end in encoding.offsets][: len(ids) - after]
+    return _encode(tokenizer, texts, **options).encodings
 
 
-def _first_target(ends: list[int], at: int) -> int:
-    """The first token with a character at `at` or behind it: the one that crosses the border is a target."""
-    return next((i for i, end in enumerate(ends) if end > at), len(ends))
+def _within(encoding: Encoding, length: int, start: int, stop: int | None = None) -> range:
+    """The tokens, of the first `length`, that have a character from `start` on and before `stop`.
+
+    A token that crosses such a border is one of them.
+    """
+    if stop is not None and start >= stop:
+        return range(0)
+    offsets = encoding.offsets[:length]
+    first = bisect_right(offsets, start, key=_end)
+    if _trimmed(offsets, first):
+        begin, end = offsets[first - 1]
+        if begin < end and end + _spaces(encoding.tokens[first - 1][::-1]) > start:
+            first -= 1
+    behind = length if stop is None else bisect_left(offsets, stop, key=_begin)
+    while _trimmed(offsets, behind) and offsets[behind][0] - _spaces(encoding.tokens[behind]) < stop:
+        behind += 1
+    return range(first, behind)
 
 
-def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """Of each token, whether a character of it lies in one of the `spans`, which are in order."""
-    targets, done, behind = [], 0, 0
-    for begin, end in offsets:
-        if begin == end:  # white space that the tokenizer leaves out of its offsets
-            begin = min(begin, behind)
-        while done < len(spans) and spans[done][1] <= begin:
-            done += 1
-        targets.append(done < len(spans) and spans[done][0] < min(end, spans[done][1]))
-        behind = max(behind, end)
-    return targets
+_begin, _end = itemgetter(0), itemgetter(1)
+
+
+def _trimmed(offsets: list[tuple[int, int]], i: int) -> bool:
+    """Whether white space is left out of the offsets between token `i` and the one before, as some tokenizers do."""
+    return 0 < i < len(offsets) and offsets[i][0] > offsets[i - 1][1]
+
+
+def _spaces(token: str) -> int:
+    """Spaces that a byte-level token begins with."""
+    return len(token) - len(token.lstrip("Ġ"))
 
 
 def _check_offsets(tokenizer) -> None:
@@ -336,9 +353,14 @@ def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int
     There is such an end where a token joins it with the continuation: an answer begins with it.
     """
     is_chat = data.format == "messages"  # a chat template has written its special tokens into the text already
-    ((ids, ends),) = _encode_with_ends(tokenizer, ["".join(prompt)], add_special_tokens=not is_chat)
-    first = _first_target(ends, len(prompt.text))
-    return ids[:first], prompt.text[max(ends[:first], default=0) :]
+    (encoding,) = _encodings(tokenizer, ["".join(prompt)], add_special_tokens=not is_chat)
+    _, after = (0, 0) if is_chat else _added_tokens(tokenizer)
+    offsets = encoding.offsets[: len(encoding.ids) - after]
+    first = _within(encoding, len(offsets), len(prompt.text)).start
+    spelled = offsets[first - 1][1] if first else 0
+    if first < len(offsets):
+        spelled = min(spelled, offsets[first][0])  # a tokenizer's own space has the characters of the token behind it
+    return encoding.ids[:first], prompt.text[spelled:]
 
 
 def _conversation(messages: Any, data: DataConfig, tokenizer, where: str = "") -> tuple[str, list, bool]:
