@@ -6,10 +6,15 @@ the micro-batch: N ranks see exactly the batches that one would, and a resumed r
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import math
+import re
+import string
 from array import array
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -28,13 +36,13 @@ from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
 from common.loss import IGNORE, count_targets
+from common.readers import READABLE, Unreadable, format_of, read_files
 
 if TYPE_CHECKING:
     import datasets
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ROWS_AT_ONCE = 1000  # rows a call of the tokenizer takes
 
 
@@ -68,40 +76,141 @@ def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     import datasets
 
     path = Path(data.name)
-    embedded, is_file = data.name == "pydoc", path.suffix in READERS
-    if (embedded or is_file) and split != "train":
+    is_path = path.is_absolute() or data.name.startswith(("./", "../")) or format_of(path) is not None
+    if data.name == "pydoc":
+        rows = datasets.Dataset.from_list(pydoc_data.rows()) if split == "train" else None
+    elif path.is_file():
+        if format_of(path) is None:
+            raise UserError(f"data.name={data.name}: a file's name must end with one of {READABLE}")
+        rows = _read(data, [path]) if split == "train" else None
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"data.name={data.name} is neither a file nor a folder")
+    elif is_path and not path.exists():
+        raise UserError(f"data.name={data.name}: no such file or folder (the current one is {Path.cwd()})")
+    else:
+        rows = _load_with_datasets(data, split)
+    if rows is None:
         raise UserError(
             f"data.name={data.name} has no split {split}: set data.split=train, and data.eval_split= (empty) to hold "
             f"out rows of it"
         )
-    if embedded:
-        rows = datasets.Dataset.from_list(pydoc_data.rows())
-    elif is_file:
-        if not path.is_file():
-            raise UserError(f"data.name={data.name}: no such file")
-        if path.stat().st_size == 0:
-            raise UserError(f"data.name={data.name}: the file is empty")
-        try:
-            rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # the readers raise errors of many libraries
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"data.name={data.name}: cannot be read as {path.suffix[1:]}: {reason}") from error
-    else:
-        try:
-            rows = datasets.load_dataset(data.name, data.subset or None, split=split, token=token())
-        except Exception as error:
-            raise explain_hub_error(error, "data set", data.name) from error
     if len(rows) == 0:
         raise UserError(f"data.name={data.name}: split {split} has no rows")
-    wanted = {
-        "text": {"data.text_column": data.text_column},
-        "prompt-response": {"data.prompt_column": data.prompt_column, "data.response_column": data.response_column},
-        "messages": {"data.messages_column": data.messages_column},
-    }[data.format]
-    for key, column in wanted.items():
-        if column not in rows.column_names:
-            raise UserError(f"{key}={column}: data.name={data.name} has the columns {', '.join(rows.column_names)}")
+    _check_columns(rows, data)
     return rows
+
+
+def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
+    """Rows of a folder or of the Hub, where `datasets` knows which files are which split.
+
+    It guesses types in JSON and CSV, and its cache believes a file's time of change: those files are read here.
+    """
+    import datasets
+
+    name, options = data.name, {}
+    is_folder = Path(name).is_dir()
+    if is_folder and glob.has_magic(str(Path(name).resolve())):  # which `datasets` would take for a pattern
+        formats = Counter(format_of(path) for path in Path(name).rglob("*") if format_of(path))
+        (form, _), *_ = formats.most_common(1) or [(".jsonl", 0)]
+        name = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(form, "json")
+        options = {"data_dir": glob.escape(str(Path(data.name).resolve()))}
+    elif not is_folder and constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+            name = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    try:
+        builder = datasets.load_dataset_builder(name, data.subset or None, token=token(), **options)
+        files = {str(part): paths for part, paths in (builder.config.data_files or {}).items()}
+        is_ours = builder.name in ("json", "csv") or (builder.name == "parquet" and is_folder)
+        if not is_ours or getattr(builder.config, "field", None):
+            return datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
+        splits = re.findall(r"(?:^|[+])(\w[\w.-]*)", split)
+        if unknown := [part for part in splits if part not in files]:
+            raise UserError(f"data.name={data.name} has no split {unknown[0]}: its splits are {', '.join(files)}")
+        paths = {part: [_downloaded(file) for file in files[part]] for part in splits}
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain_hub_error(error, "data set", data.name) from error
+    delimiter = builder.config.delimiter or builder.config.sep if builder.name == "csv" else None
+    parts = {part: _read(data, paths[part], delimiter) for part in splits}
+    try:
+        sizes = {part: len(rows) for part, rows in parts.items()}
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"data.name={data.name}: split {split}: {error}") from None
+    chosen = [parts[each.splitname].select(range(sizes[each.splitname])[each.from_ : each.to]) for each in slices]
+    return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def _downloaded(file: str) -> Path:
+    """The place of `file`, one on this disk or on the Hub."""
+    if on_hub := re.fullmatch(r"hf://datasets/([^@]+)@[^/]+/(.+)", file):
+        return Path(hf_hub_download(*on_hub.groups(), repo_type="dataset", token=token()))
+    return Path(file)
+
+
+def _read(data: DataConfig, paths: list[Path], delimiter: str | None = None) -> datasets.Dataset:
+    import datasets
+
+    texts, others = _columns(data)
+    try:
+        table, names = read_files(paths, {*texts.values(), *others}, {*texts.values()}, delimiter)
+        _check_names(names, data)
+        return datasets.Dataset(table)
+    except Unreadable as error:
+        raise UserError(f"data.name={data.name}: {error}") from error
+
+
+def _columns(data: DataConfig) -> tuple[dict[str, str], list[str]]:
+    """The columns that hold texts, by their keys, and the others that rows are made of."""
+    if data.format == "messages":
+        return {}, [data.messages_column]
+    if data.format == "text":
+        return {"data.text_column": data.text_column}, []
+    texts = {"data.prompt_column": data.prompt_column, "data.response_column": data.response_column}
+    return texts, [name for name in _template_columns(data) if name not in ("prompt", *texts.values())]
+
+
+def _template_columns(data: DataConfig) -> list[str]:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(data.prompt_template) if field is not None]
+    except ValueError:
+        return []  # it cannot be filled in, as `render_prompts` will say
+    return [re.split(r"[.\[]", field)[0] for field in fields]
+
+
+def _check_names(names: list[str], data: DataConfig) -> None:
+    texts, others = _columns(data)
+    there = f"data.name={data.name} has the columns {', '.join(names)}"
+    for key, column in (texts or {"data.messages_column": data.messages_column}).items():
+        if column not in names:
+            raise UserError(f"{key}={column}: {there}")
+    for column in others:
+        if column not in names:
+            raise UserError(f"data.prompt_template={data.prompt_template!r} has {{{column}}}, but {there}, and prompt")
+
+
+def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
+    """Raise `UserError` for a column that is not there, is no text, or has no value in some row."""
+    import pyarrow.compute as pc
+
+    _check_names(rows.column_names, data)
+    texts, others = _columns(data)
+    for column in (*texts.values(), *others):
+        values = rows.data.column(column)
+        if values.null_count:
+            row = pc.index(pc.is_null(values), True).as_py() + 1
+            way_out = f", or take {{{column}}} out of data.prompt_template" if column in others else ""
+            raise UserError(
+                f"data.name={data.name}: row {row}: column {column} has no value: give it one (it may be an empty text)"
+                + (way_out if data.format == "prompt-response" else "")
+            )
+        if column in texts.values() and not _is_text(values.type):
+            raise UserError(f"data.name={data.name}: column {column} holds {values.type}, not text")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 @dataclass
@@ -312,18 +421,43 @@ def _with_eos(ids: list[int], first: int, tokenizer) -> list[int]:
 
 def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> list[str]:
     """The prompts of a batch of rows as the model sees them: `data.prompt_template` filled in."""
-    prompts = _texts(batch, data.prompt_column, start, data)
-    columns = {name: batch[name] for name in batch}
-    try:
-        return [
-            data.prompt_template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt})
-            for i, prompt in enumerate(prompts)
-        ]
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}); "
-            f"the columns are {', '.join(columns)}, and prompt"
-        ) from None
+    columns = {name: batch[name] for name in batch if name in _template_columns(data)}
+    columns["prompt"] = _texts(batch, data.prompt_column, start, data)
+    filled = []
+    for i in range(len(columns["prompt"])):
+        try:
+            row = {name: _as_text(values[i]) for name, values in columns.items()}
+            filled.append(data.prompt_template.format(**row))
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}) "
+                f"in row {start + i} (in the order of the seed); the columns are {', '.join(batch)}, and prompt"
+            ) from None
+    return filled
+
+
+class _Nested:
+    """A list or an object in a row: a template may take a value out of it, {choices[0]}, and not print it as Python."""
+
+    def __init__(self, value: list | dict):
+        self.value = value
+
+    def __getitem__(self, key: int | str) -> Any:
+        return _as_text(self.value[key])
+
+    def __format__(self, spec: str) -> str:
+        raise TypeError(f"a {'list' if isinstance(self.value, list) else 'object'} is not text: {str(self.value)[:40]}")
+
+
+def _as_text(value: Any) -> Any:
+    """`value` as `format` may print it: as data are written, never as Python writes them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, dict)):
+        return _Nested(value)
+    if value is None or isinstance(value, bytes):
+        raise TypeError("a column without a value" if value is None else "bytes are not text")
+    return value
 
 
 class Prompt(NamedTuple):
