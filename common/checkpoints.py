@@ -20,11 +20,11 @@ from common.errors import UserError
 
 MANIFEST = "manifest.json"
 # Keys that a run cannot change and still be the same run: what it trains on, and what the optimizer's state holds. The
-# rest may change: more steps, another learning rate or micro-batch, another number of processes.
+# rest may change: more steps, another learning rate or micro-batch, another number of processes. Not data.name: the
+# same rows may lie in another place by now, and the data's fingerprint knows them.
 IDENTITY = (
     "model.name",
     "model.revision",
-    "data.name",
     "data.format",
     "data.max_length",
     "data.packing",

@@ -16,7 +16,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from operator import itemgetter
 from pathlib import Path
@@ -224,6 +224,7 @@ class TokenizedRows(Dataset):
     labels: np.ndarray  # int32 [all tokens]
     offsets: np.ndarray  # int64 [rows + 1]
     sources: np.ndarray | None = None  # int64 [rows]: the row of data that each came from; None for packed blocks
+    counts: dict[str, Any] = field(default_factory=dict)  # what became of the rows of data; see `tokenize`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -247,6 +248,16 @@ class TokenizedRows(Dataset):
         return digest.hexdigest()[:16]
 
 
+def tokenized_rows(
+    data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, *, show_progress: bool = False
+) -> tuple[TokenizedRows, TokenizedRows]:
+    """Training rows and held-out rows as tokens; the latter never packed. `counts` of the former are those of both."""
+    training, held_out = load_rows(data, seed)
+    rows = tokenize(training, data, tokenizer, show_progress=show_progress)
+    held_out_rows = tokenize(held_out, data, tokenizer, packing="none")
+    return replace(rows, counts={"training": rows.counts, "held_out": held_out_rows.counts}), held_out_rows
+
+
 def tokenize(
     rows: datasets.Dataset,
     data: DataConfig,
@@ -258,12 +269,15 @@ def tokenize(
     """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) says.
 
     Prompts are masked by position, so that a prompt's tokens are never targets and the EOS behind a response always is,
-    also where the pad token is the same. Raises `UserError` for a row that is no text and where nothing is left.
+    also where the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
+    `left_out` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
     encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
     tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
     offsets, sources = [0], []
+    left_out, cut = Counter(), Counter()
+    too_long = f"longer than data.max_length={data.max_length}"
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in tqdm(
         starts, desc="Tokenizing", unit="k rows", disable=not show_progress or len(starts) < 20, leave=False
@@ -271,24 +285,52 @@ def tokenize(
         encoded = encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)
         for source, (ids, targets) in enumerate(encoded, start):
             row_labels = _mask(ids, targets)
-            if not wrapped:
+            if not _has_target(row_labels):
+                left_out["no text" if data.format == "text" else "nothing to learn in it"] += 1
+                continue
+            if not wrapped and len(ids) > data.max_length:
                 ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
-            if all(label == IGNORE for label in row_labels[1:]):
-                continue  # an empty text, or a prompt that fills the whole sequence: nothing to learn from
+                if not _has_target(row_labels):
+                    left_out[f"its prompt is {too_long}"] += 1
+                    continue
+                cut[too_long] += 1
             tokens.extend(ids)
             labels.extend(row_labels)
             offsets.append(len(tokens))
             sources.append(source)
     tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
+    counts = {"rows": len(rows), "kept": len(sources), "left_out": dict(left_out), "cut": dict(cut)}
     if wrapped:
+        rest = len(tokens) % data.max_length
+        whole = len(tokens) // data.max_length
         tokens, labels = _full_blocks(tokens, labels, data.max_length)
         offsets = range(0, len(tokens) + 1, data.max_length)
+        counts["blocks"] = len(offsets) - 1
+        counts["blocks_left_out"] = {"no target in it": whole - counts["blocks"]} if whole > counts["blocks"] else {}
+        counts["tokens_left_out"] = {"they fill no block": rest} if rest else {}
     if len(offsets) < 2:
         raise UserError(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), None if wrapped else np.array(sources, np.int64))
+    sources = None if wrapped else np.array(sources, np.int64)
+    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), sources, counts)
+
+
+def _has_target(labels: list[int]) -> bool:
+    """Whether anything is learned: the first token is predicted from nothing."""
+    return any(label != IGNORE for label in labels[1:])
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """What became of rows, in words: what was left out and cut, and why."""
+    said = f"{counts['kept']:,} of {counts['rows']:,} rows" + (
+        f" in {counts['blocks']:,} blocks" * ("blocks" in counts)
+    )
+    for what, name in (("left_out", ""), ("blocks_left_out", " blocks"), ("tokens_left_out", " tokens"), ("cut", "")):
+        how = "cut" if what == "cut" else "left out"
+        said += "".join(f", {n:,}{name} {how}: {reason}" for reason, n in counts.get(what, {}).items())
+    return said
 
 
 def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

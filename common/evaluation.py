@@ -7,6 +7,7 @@ and counts are reduced, never means.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -30,7 +31,16 @@ from transformers import GenerationConfig
 
 from common import report
 from common.config import BaseConfig, DataConfig, ModelConfig, get, load_config
-from common.data import Prompt, TokenizedRows, collate, load_rows, prompt_and_reference, prompt_tokens, tokenize
+from common.data import (
+    Prompt,
+    TokenizedRows,
+    collate,
+    describe_counts,
+    load_rows,
+    prompt_and_reference,
+    prompt_tokens,
+    tokenize,
+)
 from common.errors import UserError
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
@@ -279,7 +289,7 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
         trained = load_config(type(cfg), path, [])
     except UserError:  # another project's
         return notes
-    same_data = (_place(trained.data.name), trained.data.subset) == (_place(cfg.data.name), cfg.data.subset)
+    same_data = _is_same(trained.data.name, cfg.data.name) and trained.data.subset == cfg.data.subset
     keys, why = [], "the base would be another model"
     if _place(trained.model.name) != _place(cfg.model.name):
         keys = ["model.name"]
@@ -292,6 +302,8 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
         elif cfg.data.eval_rows > trained.data.eval_rows:  # fewer are the first ones of the same
             keys = ["data.eval_rows"]
         keys += ["seed"] * (cfg.seed != trained.seed)
+    if cfg.data.format == "messages" and trained.data.date != cfg.data.date:
+        notes += [f"the model was trained with data.date={trained.data.date}, and this is data.date={cfg.data.date}"]
     if keys:
         settings = ", ".join(f"{key}={get(cfg, key)} (training: {get(trained, key)})" for key in keys)
         raise UserError(f"{settings}: {why}; set it as in the training, or evaluate with its settings: --config {path}")
@@ -299,6 +311,13 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
     if summary["status"] != "completed":
         notes += [f"{run_dir} goes on from an earlier end, whose model this is; it is at step {summary['steps']} now"]
     return notes
+
+
+def _is_same(name: str, other: str) -> bool:
+    """Whether both are the same data: by name, or by what is in the file."""
+    if os.path.isfile(name) and os.path.isfile(other):
+        return filecmp.cmp(name, other, shallow=False)
+    return _place(name) == _place(other)
 
 
 def _place(name: str) -> str:
@@ -316,13 +335,20 @@ def _measure(
     model = load_model(source, cfg.seed).to(device)
     use_fused_attention(model, device, dtype)
     rows = tokenize(held_out, cfg.data, tokenizer, packing="none")
+    if rows.counts["left_out"] or rows.counts["cut"]:
+        accelerator.print(f"held-out: {describe_counts(rows.counts)}")
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     progress = "held-out loss" if accelerator.is_main_process else ""
     sums = accelerator.reduce(evaluate(CausalLMLoss(model), batches, device, dtype, progress))
     # A folder is named from the run folder, since the record may be published and the disk it was on may not.
     name = os.path.relpath(source.name, cfg.output_dir) if Path(source.name).is_dir() else source.name
-    measured = {"model": name, "rows": len(rows), **figures(sums, predicted_bytes(rows, tokenizer))}
+    measured = {
+        "model": name,
+        "rows": len(rows),
+        "data": rows.counts,
+        **figures(sums, predicted_bytes(rows, tokenizer)),
+    }
 
     scored = cfg.eval.generate_rows if cfg.data.format != "text" else 0  # a text has no one right continuation
     wanted = min(max(scored, cfg.eval.samples), len(held_out))
