@@ -324,9 +324,9 @@ def _has_target(labels: list[int]) -> bool:
 
 def describe_counts(counts: dict[str, Any]) -> str:
     """What became of rows, in words: what was left out and cut, and why."""
-    said = f"{counts['kept']:,} of {counts['rows']:,} rows" + (
-        f" in {counts['blocks']:,} blocks" * ("blocks" in counts)
-    )
+    said = f"{counts['kept']:,} of {counts['rows']:,} rows"
+    if "blocks" in counts:
+        said += f" in {counts['blocks']:,} blocks"
     for what, name in (("left_out", ""), ("blocks_left_out", " blocks"), ("tokens_left_out", " tokens"), ("cut", "")):
         how = "cut" if what == "cut" else "left out"
         said += "".join(f", {n:,}{name} {how}: {reason}" for reason, n in counts.get(what, {}).items())

@@ -24,9 +24,19 @@ from conftest import FAMILIES, REPOSITORY, refused
 from common import data as data_module
 from common import pydoc_data
 from common.config import BaseConfig, DataConfig, ModelConfig, TrainConfig
-from common.data import StepSampler, TokenizedRows, collate, load_rows, prompt_and_reference, step_loader, tokenize
+from common.data import (
+    StepSampler,
+    TokenizedRows,
+    collate,
+    load_rows,
+    prompt_and_reference,
+    step_loader,
+    tokenize,
+    tokenized_rows,
+)
 from common.loss import IGNORE
 from common.models import load_model_config, load_tokenizer
+from common.run_folder import RunFolder
 
 EOS = "<|endoftext|>"  # of the tiny tokenizers; their pad token as well, and the BOS of llama and opt
 
@@ -218,6 +228,49 @@ def test_rows_with_nothing_to_learn_are_dropped():
     rows = encode([long_prompt, short, long_prompt], format="prompt-response", max_length=12)
     assert len(rows) == 1
     assert targets_of(*(rows[0][name].tolist() for name in ("input_ids", "labels")))
+
+
+def test_every_row_that_is_left_out_or_cut_is_counted_by_its_reason(tmp_path, capsys):
+    words = "many words of a prompt " * 10
+    pairs = [("p", "r")] * 3 + [(words, "never seen")] * 4 + [("p", "an answer " * 20)] * 2
+    rows = encode([{"prompt": p, "response": r} for p, r in pairs], format="prompt-response", max_length=12)
+    too_long = "longer than data.max_length=12"
+    left_out, cut = {f"its prompt is {too_long}": 4}, {too_long: 2}
+    assert rows.counts == {"rows": 9, "kept": len(rows), "left_out": left_out, "cut": cut} and len(rows) == 5
+    texts = [{"text": text} for text in ("a", " \n", "", "b c d")]
+    assert encode(texts).counts == {"rows": 4, "kept": 2, "left_out": {"no text": 2}, "cut": {}}
+    packed = encode([*texts, {"text": "word " * 50}], packing="wrapped", max_length=16)
+    n = len(encode([*texts, {"text": "word " * 50}]).tokens)
+    assert packed.counts == {
+        "rows": 5, "kept": 3, "left_out": {"no text": 2}, "cut": {}, "blocks": n // 16, "blocks_left_out": {},
+        "tokens_left_out": {"they fill no block": n % 16},
+    }  # fmt: skip
+
+    # What the main process prints, and what stands in summary.json.
+    write_rows = "".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs * 20)
+    (tmp_path / "rows.jsonl").write_text(write_rows)
+    data = DataConfig(name=str(tmp_path / "rows.jsonl"), format="prompt-response", max_length=12, eval_rows=30)
+    training, held_out = tokenized_rows(data, 1, tokenizer_of())
+    both = training.counts
+    assert [both[part]["rows"] for part in ("training", "held_out")] == [150, 30]
+    assert sum(both[part]["left_out"][f"its prompt is {too_long}"] for part in both) == 80
+    assert sum(both[part]["cut"][too_long] for part in both) == 40
+    assert (both["training"]["kept"], both["held_out"]["kept"]) == (len(training), len(held_out))
+    for is_main in (True, False):
+        run = RunFolder(BaseConfig(output_dir=str(tmp_path / "run")), "pytorch-ddp", is_main, {})
+        run.log_rows(both)
+        assert run.summarize("failed")["data"] == both
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == is_main
+        if is_main:
+            assert printed.startswith(f"Data: training: {len(training)} of 150 rows, ")
+            for part, name in (("training", "training"), ("held_out", "held-out")):
+                assert f"{name}: {both[part]['kept']} of" in printed
+                assert (
+                    f"{both[part]['left_out'][f'its prompt is {too_long}']} left out: its prompt is {too_long}"
+                    in printed
+                )
+                assert f"{both[part]['cut'][too_long]} cut: {too_long}" in printed
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
