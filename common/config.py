@@ -38,7 +38,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    name: str = key("pydoc", "Hub id, local .jsonl/.parquet/.csv file, or pydoc (embedded)")
+    name: str = key("pydoc", "Hub id, folder, file (.jsonl, .csv, .parquet …; see the README), or pydoc (embedded)")
     subset: str = key("", "configuration of a Hub data set that has several")
     split: str = key("train", "split that training rows come from")
     eval_split: str = key("", "split that held-out rows come from; empty: rows of `split` that never train")

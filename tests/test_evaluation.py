@@ -288,6 +288,27 @@ def test_rows_that_trained_are_never_held_out(tmp_path):
         check_training(BaseConfig(data=data_config(eval_rows=7), seed=1), tmp_path / "model")
 
 
+def test_the_same_file_by_another_path_is_the_same_data(tmp_path, monkeypatch):
+    """By a relative path, a link or a copy, rows that trained are refused; another file's are not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    text = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50))
+    Path("rows.jsonl").write_text(text)
+    Path("copy.jsonl").write_text(text)
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    Path("other.jsonl").write_text(text.upper())
+    trained = BaseConfig(data=DataConfig(name=str(tmp_path / "rows.jsonl"), eval_rows=5), seed=1)
+    save_config(trained, tmp_path / "run/config.yaml")
+    for name in ("rows.jsonl", "./rows.jsonl", "link.jsonl", "copy.jsonl", "run/../rows.jsonl"):
+        with refused("data.eval_rows=9 (training: 5)"):
+            check_training(BaseConfig(data=DataConfig(name=name, eval_rows=9), seed=1), Path("run/model"))
+        assert check_training(BaseConfig(data=DataConfig(name=name, eval_rows=5), seed=1), Path("run/model")) == []
+        rows = [list(part["text"]) for part in load_rows(DataConfig(name=name, eval_rows=5), 1)]
+        assert rows == [list(part["text"]) for part in load_rows(trained.data, 1)]
+    other = BaseConfig(data=DataConfig(name="other.jsonl", eval_rows=9), seed=1)
+    assert len(check_training(other, Path("run/model"))) == 1
+
+
 def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run/model").mkdir(parents=True)
@@ -301,6 +322,11 @@ def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monke
     cfg.data.name = "other.jsonl"
     assert check_training(cfg, model) == ["the model was trained on pydoc, not on other.jsonl"]
     cfg.data.name = "pydoc"
+    cfg.data.format, cfg.data.date = "messages", "2025-01-01"
+    assert check_training(cfg, model) == [
+        "the model was trained with data.date=2024-07-26, and this is data.date=2025-01-01"
+    ]
+    cfg.data.format, cfg.data.date = "text", "2024-07-26"
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
     for status in ("interrupted", ""):  # none, where it was killed
         if status:
