@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -36,7 +35,6 @@ from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
 from common.loss import IGNORE, count_targets
-from common.readers import READABLE, Unreadable, format_of, read_files
 
 if TYPE_CHECKING:
     import datasets
@@ -75,6 +73,8 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
 def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     import datasets
 
+    from common.readers import READABLE, format_of
+
     path = Path(data.name)
     is_path = path.is_absolute() or data.name.startswith(("./", "../")) or format_of(path) is not None
     if data.name == "pydoc":
@@ -106,6 +106,8 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
     It guesses types in JSON and CSV, and its cache believes a file's time of change: those files are read here.
     """
     import datasets
+
+    from common.readers import format_of
 
     name, options = data.name, {}
     is_folder = Path(name).is_dir()
@@ -151,6 +153,8 @@ def _downloaded(file: str) -> Path:
 
 def _read(data: DataConfig, paths: list[Path], delimiter: str | None = None) -> datasets.Dataset:
     import datasets
+
+    from common.readers import Unreadable, read_files
 
     texts, others = _columns(data)
     try:
@@ -205,12 +209,8 @@ def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
                 f"data.name={data.name}: row {row}: column {column} has no value: give it one (it may be an empty text)"
                 + (way_out if data.format == "prompt-response" else "")
             )
-        if column in texts.values() and not _is_text(values.type):
+        if column in texts.values() and str(values.type) not in ("string", "large_string"):
             raise UserError(f"data.name={data.name}: column {column} holds {values.type}, not text")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 @dataclass
@@ -270,13 +270,13 @@ def tokenize(
 
     Prompts are masked by position, so that a prompt's tokens are never targets and the EOS behind a response always is,
     also where the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
-    `left_out` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
+    `dropped` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
     encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
     tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
     offsets, sources = [0], []
-    left_out, cut = Counter(), Counter()
+    dropped, cut = Counter(), Counter()
     too_long = f"longer than data.max_length={data.max_length}"
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in tqdm(
@@ -286,12 +286,12 @@ def tokenize(
         for source, (ids, targets) in enumerate(encoded, start):
             row_labels = _mask(ids, targets)
             if not _has_target(row_labels):
-                left_out["no text" if data.format == "text" else "nothing to learn in it"] += 1
+                dropped["no text" if data.format == "text" else "nothing to learn in it"] += 1
                 continue
             if not wrapped and len(ids) > data.max_length:
                 ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
                 if not _has_target(row_labels):
-                    left_out[f"its prompt is {too_long}"] += 1
+                    dropped[f"its prompt is {too_long}"] += 1
                     continue
                 cut[too_long] += 1
             tokens.extend(ids)
@@ -299,15 +299,15 @@ def tokenize(
             offsets.append(len(tokens))
             sources.append(source)
     tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
-    counts = {"rows": len(rows), "kept": len(sources), "left_out": dict(left_out), "cut": dict(cut)}
+    counts = {"rows": len(rows), "kept": len(sources), "dropped": dict(dropped), "cut": dict(cut)}
     if wrapped:
         rest = len(tokens) % data.max_length
         whole = len(tokens) // data.max_length
         tokens, labels = _full_blocks(tokens, labels, data.max_length)
         offsets = range(0, len(tokens) + 1, data.max_length)
         counts["blocks"] = len(offsets) - 1
-        counts["blocks_left_out"] = {"no target in it": whole - counts["blocks"]} if whole > counts["blocks"] else {}
-        counts["tokens_left_out"] = {"they fill no block": rest} if rest else {}
+        counts["blocks_dropped"] = {"no target in it": whole - counts["blocks"]} if whole > counts["blocks"] else {}
+        counts["tokens_dropped"] = {"they fill no block": rest} if rest else {}
     if len(offsets) < 2:
         raise UserError(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
@@ -323,12 +323,12 @@ def _has_target(labels: list[int]) -> bool:
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
-    """What became of rows, in words: what was left out and cut, and why."""
+    """What became of rows, in words: what was dropped and cut, and why."""
     said = f"{counts['kept']:,} of {counts['rows']:,} rows"
     if "blocks" in counts:
         said += f" in {counts['blocks']:,} blocks"
-    for what, name in (("left_out", ""), ("blocks_left_out", " blocks"), ("tokens_left_out", " tokens"), ("cut", "")):
-        how = "cut" if what == "cut" else "left out"
+    for what, name in (("dropped", ""), ("blocks_dropped", " blocks"), ("tokens_dropped", " tokens"), ("cut", "")):
+        how = "cut" if what == "cut" else "dropped"
         said += "".join(f", {n:,}{name} {how}: {reason}" for reason, n in counts.get(what, {}).items())
     return said
 

@@ -335,7 +335,7 @@ def _measure(
     model = load_model(source, cfg.seed).to(device)
     use_fused_attention(model, device, dtype)
     rows = tokenize(held_out, cfg.data, tokenizer, packing="none")
-    if rows.counts["left_out"] or rows.counts["cut"]:
+    if rows.counts["dropped"] or rows.counts["cut"]:
         accelerator.print(f"held-out: {describe_counts(rows.counts)}")
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)

@@ -99,7 +99,7 @@ def _learnable(rows, cfg: Config, tokenizer) -> data.TokenizedRows:
         )
     in_kept = np.repeat(kept, tokenized.lengths)
     counts = tokenized.counts | {"kept": int(kept.sum())}
-    counts["left_out"] = counts["left_out"] | {"LLM Foundry needs a prompt before the response": int((~kept).sum())}
+    counts["dropped"] = counts["dropped"] | {"LLM Foundry needs a prompt before the response": int((~kept).sum())}
     return data.TokenizedRows(
         tokenized.tokens[in_kept],
         tokenized.labels[in_kept],

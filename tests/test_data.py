@@ -230,20 +230,20 @@ def test_rows_with_nothing_to_learn_are_dropped():
     assert targets_of(*(rows[0][name].tolist() for name in ("input_ids", "labels")))
 
 
-def test_every_row_that_is_left_out_or_cut_is_counted_by_its_reason(tmp_path, capsys):
+def test_every_row_that_is_dropped_or_cut_is_counted_by_its_reason(tmp_path, capsys):
     words = "many words of a prompt " * 10
     pairs = [("p", "r")] * 3 + [(words, "never seen")] * 4 + [("p", "an answer " * 20)] * 2
     rows = encode([{"prompt": p, "response": r} for p, r in pairs], format="prompt-response", max_length=12)
     too_long = "longer than data.max_length=12"
-    left_out, cut = {f"its prompt is {too_long}": 4}, {too_long: 2}
-    assert rows.counts == {"rows": 9, "kept": len(rows), "left_out": left_out, "cut": cut} and len(rows) == 5
+    dropped, cut = {f"its prompt is {too_long}": 4}, {too_long: 2}
+    assert rows.counts == {"rows": 9, "kept": len(rows), "dropped": dropped, "cut": cut} and len(rows) == 5
     texts = [{"text": text} for text in ("a", " \n", "", "b c d")]
-    assert encode(texts).counts == {"rows": 4, "kept": 2, "left_out": {"no text": 2}, "cut": {}}
+    assert encode(texts).counts == {"rows": 4, "kept": 2, "dropped": {"no text": 2}, "cut": {}}
     packed = encode([*texts, {"text": "word " * 50}], packing="wrapped", max_length=16)
     n = len(encode([*texts, {"text": "word " * 50}]).tokens)
     assert packed.counts == {
-        "rows": 5, "kept": 3, "left_out": {"no text": 2}, "cut": {}, "blocks": n // 16, "blocks_left_out": {},
-        "tokens_left_out": {"they fill no block": n % 16},
+        "rows": 5, "kept": 3, "dropped": {"no text": 2}, "cut": {}, "blocks": n // 16, "blocks_dropped": {},
+        "tokens_dropped": {"they fill no block": n % 16},
     }  # fmt: skip
 
     # What the main process prints, and what stands in summary.json.
@@ -253,7 +253,7 @@ def test_every_row_that_is_left_out_or_cut_is_counted_by_its_reason(tmp_path, ca
     training, held_out = tokenized_rows(data, 1, tokenizer_of())
     both = training.counts
     assert [both[part]["rows"] for part in ("training", "held_out")] == [150, 30]
-    assert sum(both[part]["left_out"][f"its prompt is {too_long}"] for part in both) == 80
+    assert sum(both[part]["dropped"][f"its prompt is {too_long}"] for part in both) == 80
     assert sum(both[part]["cut"][too_long] for part in both) == 40
     assert (both["training"]["kept"], both["held_out"]["kept"]) == (len(training), len(held_out))
     for is_main in (True, False):
@@ -267,8 +267,7 @@ def test_every_row_that_is_left_out_or_cut_is_counted_by_its_reason(tmp_path, ca
             for part, name in (("training", "training"), ("held_out", "held-out")):
                 assert f"{name}: {both[part]['kept']} of" in printed
                 assert (
-                    f"{both[part]['left_out'][f'its prompt is {too_long}']} left out: its prompt is {too_long}"
-                    in printed
+                    f"{both[part]['dropped'][f'its prompt is {too_long}']} dropped: its prompt is {too_long}" in printed
                 )
                 assert f"{both[part]['cut'][too_long]} cut: {too_long}" in printed
 

@@ -307,8 +307,8 @@ def test_foundry_gets_the_rows_and_tokens_of_the_other_projects(tmp_path):
             prepared = modules["prepare_data"].prepare(cfg, tokenizer, tmp_path, world_size=1)
             training, held_out = data.tokenized_rows(cfg.data, cfg.seed, tokenizer)
             assert prepared.counts == training.counts
-            left_out = [part["left_out"] for part in prepared.counts.values()]
-            assert {"its prompt is longer than data.max_length=128": 1} in left_out and {} in left_out
+            dropped = [part["dropped"] for part in prepared.counts.values()]
+            assert {"its prompt is longer than data.max_length=128": 1} in dropped and {} in dropped
             order = [i for step in data.StepSampler(training, cfg, 0, 1) for i in step]
             assert prepared.rows == len(order) == prepared.total_steps
             for path, tokens in (
