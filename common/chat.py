@@ -91,7 +91,12 @@ def _changes_turns() -> UserError:
 
 def _template(tokenizer, today: str) -> str:
     """The chat template, with `today` in place of the clock."""
-    template = tokenizer.get_chat_template()
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # it has several, and none is the default
+        raise UserError(
+            f"data.format=messages: the chat template of model.name: {str(error).splitlines()[0]}"
+        ) from error
     return _clock(today) + template if "strftime_now" in template else template
 
 

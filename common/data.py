@@ -123,6 +123,7 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
         builder = datasets.load_dataset_builder(name, data.subset or None, token=token(), **options)
         files = {str(part): paths for part, paths in (builder.config.data_files or {}).items()}
         is_ours = builder.name in ("json", "csv") or (builder.name == "parquet" and is_folder)
+        is_ours &= all(format_of(Path(file)) for part in files.values() for file in part)
         if not is_ours or getattr(builder.config, "field", None):
             return datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
         splits = re.findall(r"(?:^|[+])(\w[\w.-]*)", split)
@@ -452,8 +453,8 @@ def _added_tokens(tokenizer) -> tuple[int, int]:
     """How many tokens the tokenizer puts before and behind any text, BOS and EOS for instance."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    before = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    return before, len(full) - before - len(bare)
+    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return before, max(0, len(full) - before - len(bare))
 
 
 def _with_eos(ids: list[int], first: int, tokenizer) -> list[int]:

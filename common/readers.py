@@ -85,9 +85,11 @@ def _read(path: Path, wanted: set[str], texts: set[str], delimiter: str | None) 
         raise Unreadable("the file is empty")
     with COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb") as file:
         if form == ".parquet":
-            table = pq.ParquetFile(file).read()
+            stored = pq.ParquetFile(file)
+            names = stored.schema_arrow.names
+            table = stored.read([name for name in names if name in wanted])
             columns = (_plain(column) for column in table.columns)
-            return pa.table(dict(zip(table.column_names, columns, strict=True))), table.column_names
+            return pa.table(dict(zip(table.column_names, columns, strict=True))), names
         if form in (".csv", ".tsv"):
             return _table(_cells(file, delimiter or {".csv": ",", ".tsv": "\t"}[form]), wanted, texts)
         return _table(_json_rows(file), wanted, texts)

@@ -204,6 +204,13 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(checkpoints, ke
     assert changed.find("never") is None
 
 
+def test_other_data_are_refused_with_what_may_have_changed(checkpoints):
+    write(checkpoints, 10)
+    changed = Checkpoints(checkpoints.root, 3, {**ID, "the training data's fingerprint": "g"})
+    with refused("fingerprint is g", "data.name, another data key or the file itself has changed"):
+        changed.find("auto")
+
+
 def test_identity_is_what_a_run_cannot_change():
     config = BaseConfig()
     before = identity(config, "p", "a", "f")
