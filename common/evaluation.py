@@ -382,12 +382,12 @@ def _answer(
     ]
     answers = [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
     return [
-        _without(prompt_tokens(prompt, cfg.data, tokenizer)[1], answer)
+        without_rest(prompt_tokens(prompt, cfg.data, tokenizer)[1], answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
-def _without(rest: str, answer: str) -> str:
+def without_rest(rest: str, answer: str) -> str:
     """`answer` without the end of the prompt that it begins with; decoding may have dropped a space in front."""
     return answer.lstrip().removeprefix(rest.lstrip()) if rest else answer
 

@@ -16,7 +16,7 @@ from conftest import refused
 from matplotlib.image import imread
 
 from common.config import BaseConfig, DataConfig, ModelConfig, save_config
-from common.data import Prompt, load_rows, tokenize
+from common.data import Prompt, load_rows, prompt_tokens, tokenize
 from common.errors import UserError
 from common.evaluation import (
     answer_scores,
@@ -31,6 +31,7 @@ from common.evaluation import (
     make_greedy,
     predicted_bytes,
     questions,
+    without_rest,
 )
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, repeat_grouped_heads
@@ -240,6 +241,21 @@ def test_long_and_empty_prompts_can_be_answered():
     ids = encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 256)
     assert encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 5) == ids[-5:]
     assert encode_prompt(Prompt("", "It."), data, tokenizer, 5) == [tokenizer.eos_token_id]
+
+
+def test_an_answer_begins_behind_the_prompt():
+    """Where training's first target joins the prompt's end with the response, the model writes that end once more."""
+    tokenizer, data = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), data_config()
+    prompt = Prompt("Is it good? ", "good")
+    ids, rest = prompt_tokens(prompt, data, tokenizer)
+    assert (tokenizer.decode(ids), rest) == ("Is it good?", " ")
+    for rest, written, answer in (
+        (" ", " good", "good"),
+        (" (", "(x)", "x)"),  # decoded without the space that it begins with
+        ("(", "x)", "x)"),  # the model wrote something else there
+        ("", " good", " good"),
+    ):
+        assert without_rest(rest, written) == answer
 
 
 def test_text_is_continued_from_a_word_boundary():
