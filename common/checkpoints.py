@@ -19,12 +19,13 @@ from common.config import BaseConfig, get
 from common.errors import UserError
 
 MANIFEST = "manifest.json"
+DATA = "the training data's fingerprint"
 # Keys that a run cannot change and still be the same run: what it trains on, and what the optimizer's state holds. The
-# rest may change: more steps, another learning rate or micro-batch, another number of processes.
+# rest may change: more steps, another learning rate or micro-batch, another number of processes. Not data.name: the
+# same rows may lie in another place by now, and the data's fingerprint knows them.
 IDENTITY = (
     "model.name",
     "model.revision",
-    "data.name",
     "data.format",
     "data.max_length",
     "data.packing",
@@ -118,9 +119,10 @@ class Checkpoints:
         for key, ours in self.identity.items():
             theirs = manifest["identity"].get(key)
             if theirs != ours:
+                why = " (data.name, another data key or the file itself has changed)" if key == DATA else ""
                 raise UserError(
-                    f"{key} is {ours}, but {folder} was written with {theirs}: set it back, choose another output_dir, "
-                    f"or set checkpoint.resume=never to start anew"
+                    f"{key} is {ours}, but {folder} was written with {theirs}{why}: set it back, choose another "
+                    f"output_dir, or set checkpoint.resume=never to start anew"
                 )
         return manifest["step"], folder
 
@@ -131,7 +133,7 @@ def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint:
         "the project": project,
         **{key: get(cfg, key) for key in IDENTITY},
         "the model's architecture": architecture,
-        "the training data's fingerprint": data_fingerprint,
+        DATA: data_fingerprint,
     }
 
 

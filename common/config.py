@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import math
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    name: str = key("pydoc", "Hub id, local .jsonl/.parquet/.csv file, or pydoc (embedded)")
+    name: str = key("pydoc", "Hub id, folder, file (.jsonl, .csv, .parquet …; see the README), or pydoc (embedded)")
     subset: str = key("", "configuration of a Hub data set that has several")
     split: str = key("train", "split that training rows come from")
     eval_split: str = key("", "split that held-out rows come from; empty: rows of `split` that never train")
@@ -48,6 +49,7 @@ class DataConfig:
     response_column: str = key("response", "column with the response (format: prompt-response)")
     messages_column: str = key("messages", "column with the list of role/content turns (format: messages)")
     prompt_template: str = key("{prompt}\n", "prompt as the model sees it; {prompt} or any {column} of the data")
+    date: str = key("2024-07-26", "what a chat template takes for today's date (YYYY-MM-DD), on whatever day it is")
     max_length: int = key(256, "tokens a training sequence has at most", minimum=2)
     packing: str = key(
         "none", "wrapped: documents joined by EOS, cut into full blocks; none: padded", choices=("wrapped", "none")
@@ -206,6 +208,10 @@ def load_config(config_class: type[C], path: Path, overrides: list[str]) -> C:
         raise UserError(f"seed={config.seed}: NumPy's seeds are below {2**32}")
     if config.train.max_steps == 0 and config.train.epochs == 0:
         raise UserError("train.max_steps and train.epochs are both 0: set one of them")
+    try:
+        datetime.date.fromisoformat(config.data.date)
+    except ValueError:
+        raise UserError(f"data.date={config.data.date} is not a date: write it as 2024-07-26") from None
     if config.data.format == "prompt-response" and "{" not in config.data.prompt_template:
         raise UserError("data.prompt_template names no column: write {prompt} where the prompt belongs")
     return config

@@ -6,21 +6,31 @@ the micro-batch: N ranks see exactly the batches that one would, and a resumed r
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import math
+import re
+import string
 from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from common import pydoc_data
+from common.chat import assistant_spans
 from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
@@ -28,9 +38,9 @@ from common.loss import IGNORE, count_targets
 
 if TYPE_CHECKING:
     import datasets
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ROWS_AT_ONCE = 1000  # rows a call of the tokenizer takes
 
 
@@ -63,41 +73,145 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
 def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     import datasets
 
+    from common.readers import READABLE, format_of
+
     path = Path(data.name)
-    embedded, is_file = data.name == "pydoc", path.suffix in READERS
-    if (embedded or is_file) and split != "train":
+    is_path = path.is_absolute() or data.name.startswith(("./", "../")) or format_of(path) is not None
+    if data.name == "pydoc":
+        rows = datasets.Dataset.from_list(pydoc_data.rows()) if split == "train" else None
+    elif path.is_file():
+        if format_of(path) is None:
+            raise UserError(f"data.name={data.name}: a file's name must end with one of {READABLE}")
+        rows = _read(data, [path]) if split == "train" else None
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"data.name={data.name} is neither a file nor a folder")
+    elif is_path and not path.exists():
+        raise UserError(f"data.name={data.name}: no such file or folder (the current one is {Path.cwd()})")
+    else:
+        rows = _load_with_datasets(data, split)
+    if rows is None:
         raise UserError(
             f"data.name={data.name} has no split {split}: set data.split=train, and data.eval_split= (empty) to hold "
             f"out rows of it"
         )
-    if embedded:
-        rows = datasets.Dataset.from_list(pydoc_data.rows())
-    elif is_file:
-        if not path.is_file():
-            raise UserError(f"data.name={data.name}: no such file")
-        if path.stat().st_size == 0:
-            raise UserError(f"data.name={data.name}: the file is empty")
-        try:
-            rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # the readers raise errors of many libraries
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"data.name={data.name}: cannot be read as {path.suffix[1:]}: {reason}") from error
-    else:
-        try:
-            rows = datasets.load_dataset(data.name, data.subset or None, split=split, token=token())
-        except Exception as error:
-            raise explain_hub_error(error, "data set", data.name) from error
     if len(rows) == 0:
         raise UserError(f"data.name={data.name}: split {split} has no rows")
-    wanted = {
-        "text": {"data.text_column": data.text_column},
-        "prompt-response": {"data.prompt_column": data.prompt_column, "data.response_column": data.response_column},
-        "messages": {"data.messages_column": data.messages_column},
-    }[data.format]
-    for key, column in wanted.items():
-        if column not in rows.column_names:
-            raise UserError(f"{key}={column}: data.name={data.name} has the columns {', '.join(rows.column_names)}")
+    _check_columns(rows, data)
     return rows
+
+
+def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
+    """Rows of a folder or of the Hub, where `datasets` knows which files are which split.
+
+    It guesses types in JSON and CSV, and its cache believes a file's time of change: those files are read here.
+    """
+    import datasets
+
+    from common.readers import format_of
+
+    name, options = data.name, {}
+    is_folder = Path(name).is_dir()
+    if is_folder and glob.has_magic(str(Path(name).resolve())):  # which `datasets` would take for a pattern
+        formats = Counter(format_of(path) for path in Path(name).rglob("*") if format_of(path))
+        (form, _), *_ = formats.most_common(1) or [(".jsonl", 0)]
+        name = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(form, "json")
+        options = {"data_dir": glob.escape(str(Path(data.name).resolve()))}
+    elif not is_folder and constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+            name = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    try:
+        builder = datasets.load_dataset_builder(name, data.subset or None, token=token(), **options)
+        files = {str(part): paths for part, paths in (builder.config.data_files or {}).items()}
+        is_ours = builder.name in ("json", "csv") or (builder.name == "parquet" and is_folder)
+        is_ours &= all(format_of(Path(file)) for part in files.values() for file in part)
+        if not is_ours or getattr(builder.config, "field", None):
+            return datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
+        splits = re.findall(r"(?:^|[+])(\w[\w.-]*)", split)
+        if unknown := [part for part in splits if part not in files]:
+            raise UserError(f"data.name={data.name} has no split {unknown[0]}: its splits are {', '.join(files)}")
+        paths = {part: [_downloaded(file) for file in files[part]] for part in splits}
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain_hub_error(error, "data set", data.name) from error
+    delimiter = builder.config.delimiter or builder.config.sep if builder.name == "csv" else None
+    parts = {part: _read(data, paths[part], delimiter) for part in splits}
+    try:
+        sizes = {part: len(rows) for part, rows in parts.items()}
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"data.name={data.name}: split {split}: {error}") from None
+    chosen = [parts[each.splitname].select(range(sizes[each.splitname])[each.from_ : each.to]) for each in slices]
+    return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def _downloaded(file: str) -> Path:
+    """The place of `file`, one on this disk or on the Hub."""
+    if on_hub := re.fullmatch(r"hf://datasets/([^@]+)@[^/]+/(.+)", file):
+        return Path(hf_hub_download(*on_hub.groups(), repo_type="dataset", token=token()))
+    return Path(file)
+
+
+def _read(data: DataConfig, paths: list[Path], delimiter: str | None = None) -> datasets.Dataset:
+    import datasets
+
+    from common.readers import Unreadable, read_files
+
+    texts, others = _columns(data)
+    try:
+        table, names = read_files(paths, {*texts.values(), *others}, {*texts.values()}, delimiter)
+        _check_names(names, data)
+        return datasets.Dataset(table)
+    except Unreadable as error:
+        raise UserError(f"data.name={data.name}: {error}") from error
+
+
+def _columns(data: DataConfig) -> tuple[dict[str, str], list[str]]:
+    """The columns that hold texts, by their keys, and the others that rows are made of."""
+    if data.format == "messages":
+        return {}, [data.messages_column]
+    if data.format == "text":
+        return {"data.text_column": data.text_column}, []
+    texts = {"data.prompt_column": data.prompt_column, "data.response_column": data.response_column}
+    return texts, [name for name in _template_columns(data) if name not in ("prompt", *texts.values())]
+
+
+def _template_columns(data: DataConfig) -> list[str]:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(data.prompt_template) if field is not None]
+    except ValueError:
+        return []  # it cannot be filled in, as `render_prompts` will say
+    return [re.split(r"[.\[]", field)[0] for field in fields]
+
+
+def _check_names(names: list[str], data: DataConfig) -> None:
+    texts, others = _columns(data)
+    there = f"data.name={data.name} has the columns {', '.join(names)}"
+    for key, column in (texts or {"data.messages_column": data.messages_column}).items():
+        if column not in names:
+            raise UserError(f"{key}={column}: {there}")
+    for column in others:
+        if column not in names:
+            raise UserError(f"data.prompt_template={data.prompt_template!r} has {{{column}}}, but {there}, and prompt")
+
+
+def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
+    """Raise `UserError` for a column that is not there, is no text, or has no value in some row."""
+    import pyarrow.compute as pc
+
+    _check_names(rows.column_names, data)
+    texts, others = _columns(data)
+    for column in (*texts.values(), *others):
+        values = rows.data.column(column)
+        if values.null_count:
+            row = pc.index(pc.is_null(values), True).as_py() + 1
+            way_out = f", or take {{{column}}} out of data.prompt_template" if column in others else ""
+            raise UserError(
+                f"data.name={data.name}: row {row}: column {column} has no value: give it one (it may be an empty text)"
+                + (way_out if data.format == "prompt-response" else "")
+            )
+        if column in texts.values() and str(values.type) not in ("string", "large_string"):
+            raise UserError(f"data.name={data.name}: column {column} holds {values.type}, not text")
 
 
 @dataclass
@@ -111,6 +225,7 @@ class TokenizedRows(Dataset):
     labels: np.ndarray  # int32 [all tokens]
     offsets: np.ndarray  # int64 [rows + 1]
     sources: np.ndarray | None = None  # int64 [rows]: the row of data that each came from; None for packed blocks
+    counts: dict[str, Any] = field(default_factory=dict)  # what became of the rows of data; see `tokenize`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -134,6 +249,16 @@ class TokenizedRows(Dataset):
         return digest.hexdigest()[:16]
 
 
+def tokenized_rows(
+    data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, *, show_progress: bool = False
+) -> tuple[TokenizedRows, TokenizedRows]:
+    """Training rows and held-out rows as tokens; the latter never packed. `counts` of the former are those of both."""
+    training, held_out = load_rows(data, seed)
+    rows = tokenize(training, data, tokenizer, show_progress=show_progress)
+    held_out_rows = tokenize(held_out, data, tokenizer, packing="none")
+    return replace(rows, counts={"training": rows.counts, "held_out": held_out_rows.counts}), held_out_rows
+
+
 def tokenize(
     rows: datasets.Dataset,
     data: DataConfig,
@@ -145,12 +270,15 @@ def tokenize(
     """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) says.
 
     Prompts are masked by position, so that a prompt's tokens are never targets and the EOS behind a response always is,
-    also where the pad token is the same. Raises `UserError` for a row that is no text and where nothing is left.
+    also where the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
+    `dropped` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
     encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
     tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
     offsets, sources = [0], []
+    dropped, cut = Counter(), Counter()
+    too_long = f"longer than data.max_length={data.max_length}"
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in tqdm(
         starts, desc="Tokenizing", unit="k rows", disable=not show_progress or len(starts) < 20, leave=False
@@ -158,24 +286,52 @@ def tokenize(
         encoded = encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)
         for source, (ids, targets) in enumerate(encoded, start):
             row_labels = _mask(ids, targets)
-            if not wrapped:
+            if not _has_target(row_labels):
+                dropped["no text" if data.format == "text" else "nothing to learn in it"] += 1
+                continue
+            if not wrapped and len(ids) > data.max_length:
                 ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
-            if all(label == IGNORE for label in row_labels[1:]):
-                continue  # an empty text, or a prompt that fills the whole sequence: nothing to learn from
+                if not _has_target(row_labels):
+                    dropped[f"its prompt is {too_long}"] += 1
+                    continue
+                cut[too_long] += 1
             tokens.extend(ids)
             labels.extend(row_labels)
             offsets.append(len(tokens))
             sources.append(source)
     tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
+    counts = {"rows": len(rows), "kept": len(sources), "dropped": dict(dropped), "cut": dict(cut)}
     if wrapped:
+        rest = len(tokens) % data.max_length
+        whole = len(tokens) // data.max_length
         tokens, labels = _full_blocks(tokens, labels, data.max_length)
         offsets = range(0, len(tokens) + 1, data.max_length)
+        counts["blocks"] = len(offsets) - 1
+        counts["blocks_dropped"] = {"no target in it": whole - counts["blocks"]} if whole > counts["blocks"] else {}
+        counts["tokens_dropped"] = {"they fill no block": rest} if rest else {}
     if len(offsets) < 2:
         raise UserError(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), None if wrapped else np.array(sources, np.int64))
+    sources = None if wrapped else np.array(sources, np.int64)
+    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), sources, counts)
+
+
+def _has_target(labels: list[int]) -> bool:
+    """Whether anything is learned: the first token is predicted from nothing."""
+    return any(label != IGNORE for label in labels[1:])
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """What became of rows, in words: what was dropped and cut, and why."""
+    said = f"{counts['kept']:,} of {counts['rows']:,} rows"
+    if "blocks" in counts:
+        said += f" in {counts['blocks']:,} blocks"
+    for what, name in (("dropped", ""), ("blocks_dropped", " blocks"), ("tokens_dropped", " tokens"), ("cut", "")):
+        how = "cut" if what == "cut" else "dropped"
+        said += "".join(f", {n:,}{name} {how}: {reason}" for reason, n in counts.get(what, {}).items())
+    return said
 
 
 def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -199,80 +355,201 @@ def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
     texts = _texts(batch, data.text_column, start, data)
     written = [text for text in texts if text.strip()]
-    encoded = iter(_ids(tokenizer, written) if written else ())
+    before, after = _added_tokens(tokenizer)
+    encoded = iter(_encode(tokenizer, written)["input_ids"] if written else ())
     for text in texts:
-        yield (_with_eos(next(encoded), tokenizer) if text.strip() else []), 0
+        ids = next(encoded) if text.strip() else []
+        yield (_with_eos(ids[: len(ids) - after], before, tokenizer) if ids else []), 0
 
 
 def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
-    prompts = _ids(tokenizer, render_prompts(batch, data, start))
-    responses = _ids(tokenizer, _texts(batch, data.response_column, start, data), add_special_tokens=False)
-    for prompt, response in zip(prompts, responses, strict=True):
-        if len(prompt) > 1 and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]  # some tokenizers end every text with EOS
-        yield prompt + _with_eos(response, tokenizer), len(prompt)
+    prompts = render_prompts(batch, data, start)
+    responses = _texts(batch, data.response_column, start, data)
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    _, after = _added_tokens(tokenizer)
+    for prompt, encoding in zip(prompts, _encodings(tokenizer, texts), strict=True):
+        ids = encoding.ids[: len(encoding.ids) - after]
+        first = _within(encoding, len(ids), len(prompt)).start
+        yield _with_eos(ids, first, tokenizer), first
 
 
 def _encode_messages(
     batch: dict[str, list], start: int, data: DataConfig, tokenizer
 ) -> Iterator[tuple[list[int], list]]:
-    for i, messages in enumerate(batch[data.messages_column]):
-        _check_messages(messages, f"data.name={data.name}: row {start + i}: column {data.messages_column}", tokenizer)
-        text, targets_at = "", []  # the rendered conversation, and the spans of it that the assistant writes
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                earlier, prompt = text, _render(tokenizer, messages[:turn], add_generation_prompt=True)
-                text = _render(tokenizer, messages[: turn + 1])
-                if not (prompt.startswith(earlier) and text.startswith(prompt)):
-                    raise UserError(
-                        f"data.format=messages: the chat template of model.name changes earlier turns when a new one "
-                        f"comes, so that the assistant's tokens cannot be told apart (data.name={data.name}: row "
-                        f"{start + i}); use single-turn rows, or data.format=prompt-response"
-                    )
-                targets_at.append((len(prompt), len(text)))
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        targets = [any(a <= begin and end <= b for a, b in targets_at) for begin, end in encoded["offset_mapping"]]
-        if ids and targets[-1] and tokenizer.eos_token_id not in ids[-2:]:
+    conversations = [
+        _conversation(messages, data, tokenizer, f"row {start + i}: ")
+        for i, messages in enumerate(batch[data.messages_column])
+    ]
+    encodings = _encodings(tokenizer, [text for text, _, _ in conversations], add_special_tokens=False)
+    for (text, spans, marked), encoding in zip(conversations, encodings, strict=True):
+        ids = encoding.ids
+        targets = [False] * len(ids)
+        for span in spans:
+            for i in _within(encoding, len(ids), *span):
+                targets[i] = True
+        # A template that marks the assistant's words knows how they end. Another one may end a turn with no EOS.
+        if not marked and ids and targets[-1] and not text.rstrip().endswith(tokenizer.eos_token):
             ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
         yield ids, targets
 
 
+def _encode(tokenizer, texts: list[str], **options):
+    # verbose=False: rows above the model's length are cut or packed below, so its warning would mislead.
+    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)
+
+
+def _encodings(tokenizer, texts: list[str], **options) -> list[Encoding]:
+    """The tokens of each text, with the characters that each stands for.
+
+    A text is tokenized in one piece: tokens may join what one part of it ends with and the next begins with, and a
+    tokenizer may put a space before whatever it is given.
+    """
+    _check_offsets(tokenizer)
+    return _encode(tokenizer, texts, **options).encodings
+
+
+def _within(encoding: Encoding, length: int, start: int, stop: int | None = None) -> range:
+    """The tokens, of the first `length`, that have a character from `start` on and before `stop`.
+
+    A token that crosses such a border is one of them.
+    """
+    if stop is not None and start >= stop:
+        return range(0)
+    offsets = encoding.offsets[:length]
+    first = bisect_right(offsets, start, key=_end)
+    if _trimmed(offsets, first):
+        begin, end = offsets[first - 1]
+        if begin < end and end + _spaces(encoding.tokens[first - 1][::-1]) > start:
+            first -= 1
+    behind = length if stop is None else bisect_left(offsets, stop, key=_begin)
+    while _trimmed(offsets, behind) and offsets[behind][0] - _spaces(encoding.tokens[behind]) < stop:
+        behind += 1
+    return range(first, behind)
+
+
+_begin, _end = itemgetter(0), itemgetter(1)
+
+
+def _trimmed(offsets: list[tuple[int, int]], i: int) -> bool:
+    """Whether white space is left out of the offsets between token `i` and the one before, as some tokenizers do."""
+    return 0 < i < len(offsets) and offsets[i][0] > offsets[i - 1][1]
+
+
+def _spaces(token: str) -> int:
+    """Spaces that a byte-level token begins with."""
+    return len(token) - len(token.lstrip("Ġ"))
+
+
+def _check_offsets(tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.name: its tokenizer, {type(tokenizer).__name__}, does not say which characters a token stands for, "
+            f"so that prompt and response cannot be told apart: save it as a fast one (tokenizer.json), or set "
+            f"data.format=text"
+        )
+
+
+def _added_tokens(tokenizer) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before and behind any text, BOS and EOS for instance."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return before, max(0, len(full) - before - len(bare))
+
+
+def _with_eos(ids: list[int], first: int, tokenizer) -> list[int]:
+    """`ids` with EOS at their end, unless the part from `first` on ends with one."""
+    return ids if ids[first:] and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+
+
 def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> list[str]:
     """The prompts of a batch of rows as the model sees them: `data.prompt_template` filled in."""
-    prompts = _texts(batch, data.prompt_column, start, data)
-    columns = {name: batch[name] for name in batch}
-    try:
-        return [
-            data.prompt_template.format(**{**{name: values[i] for name, values in columns.items()}, "prompt": prompt})
-            for i, prompt in enumerate(prompts)
-        ]
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}); "
-            f"the columns are {', '.join(columns)}, and prompt"
-        ) from None
+    columns = {name: batch[name] for name in batch if name in _template_columns(data)}
+    columns["prompt"] = _texts(batch, data.prompt_column, start, data)
+    filled = []
+    for i in range(len(columns["prompt"])):
+        try:
+            row = {name: _as_text(values[i]) for name, values in columns.items()}
+            filled.append(data.prompt_template.format(**row))
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"data.prompt_template={data.prompt_template!r}: cannot be filled in ({type(error).__name__}: {error}) "
+                f"in row {start + i} (in the order of the seed); the columns are {', '.join(batch)}, and prompt"
+            ) from None
+    return filled
 
 
-def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tuple[str, str]:
-    """What a model is given, and the answer that it should give, for a prompt-response or messages row."""
+class _Nested:
+    """A list or an object in a row: a template may take a value out of it, {choices[0]}, and not print it as Python."""
+
+    def __init__(self, value: list | dict):
+        self.value = value
+
+    def __getitem__(self, key: int | str) -> Any:
+        return _as_text(self.value[key])
+
+    def __format__(self, spec: str) -> str:
+        raise TypeError(f"a {'list' if isinstance(self.value, list) else 'object'} is not text: {str(self.value)[:40]}")
+
+
+def _as_text(value: Any) -> Any:
+    """`value` as `format` may print it: as data are written, never as Python writes them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, dict)):
+        return _Nested(value)
+    if value is None or isinstance(value, bytes):
+        raise TypeError("a column without a value" if value is None else "bytes are not text")
+    return value
+
+
+class Prompt(NamedTuple):
+    """What a model is given."""
+
+    text: str
+    continuation: str  # what follows it in training: on this depends where the last token of a prompt ends
+
+
+def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tuple[Prompt, str]:
+    """What a model is given, and the answer that it should give, for a prompt-response or messages row.
+
+    Of a conversation, the assistant's last turn is the answer.
+    """
     if data.format == "messages":
-        messages = row[data.messages_column]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return _render(tokenizer, messages[:last], add_generation_prompt=True), messages[last]["content"]
-    return render_prompts({name: [value] for name, value in row.items()}, data)[0], row[data.response_column]
+        text, spans, _ = _conversation(row[data.messages_column], data, tokenizer)
+        answers = [m["content"] for m in row[data.messages_column] if m["role"] == "assistant"]
+        begin = spans[-1][0] if spans else len(text)
+        return Prompt(text[:begin], text[begin:]), answers[-1]
+    (text,) = render_prompts({name: [value] for name, value in row.items()}, data)
+    return Prompt(text, row[data.response_column]), row[data.response_column]
 
 
-def _render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    if not messages:
-        return ""
+def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int], str]:
+    """The tokens before the first target, as training has them, and the end of the prompt that they do not spell.
+
+    There is such an end where a token joins it with the continuation: an answer begins with it.
+    """
+    is_chat = data.format == "messages"  # a chat template has written its special tokens into the text already
+    (encoding,) = _encodings(tokenizer, ["".join(prompt)], add_special_tokens=not is_chat)
+    _, after = (0, 0) if is_chat else _added_tokens(tokenizer)
+    offsets = encoding.offsets[: len(encoding.ids) - after]
+    first = _within(encoding, len(offsets), len(prompt.text)).start
+    spelled = offsets[first - 1][1] if first else 0
+    if first < len(offsets):
+        spelled = min(spelled, offsets[first][0])  # a tokenizer's own space has the characters of the token behind it
+    return encoding.ids[:first], prompt.text[spelled:]
+
+
+def _conversation(messages: Any, data: DataConfig, tokenizer, where: str = "") -> tuple[str, list, bool]:
+    """See `assistant_spans`. Raises `UserError` for what is no conversation with an assistant in it."""
+    where = f"data.name={data.name}: {where}column {data.messages_column}"
+    _check_messages(messages, where, tokenizer)
+    # A row that lacks a key has it as null where others have it, and a template would print that.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of the model's author, and refuses as it likes
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"data.format=messages: the chat template of model.name refuses the turns {roles}: {error}"
-        ) from error
+        return assistant_spans(tokenizer, messages, data.date)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_messages(messages: Any, where: str, tokenizer) -> None:
@@ -295,15 +572,6 @@ def _texts(batch: dict[str, list], column: str, start: int, data: DataConfig) ->
                 f"{type(value).__name__} {str(value)[:40]!r}, not text"
             )
     return batch[column]
-
-
-def _ids(tokenizer, texts: list[str], **options) -> list[list[int]]:
-    # verbose=False: rows above the model's length are cut or packed below, so its warning would mislead.
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-
-
-def _with_eos(ids: list[int], tokenizer) -> list[int]:
-    return ids if ids and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ and counts are reduced, never means.
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import json
 import math
@@ -30,7 +31,16 @@ from transformers import GenerationConfig
 
 from common import report
 from common.config import BaseConfig, DataConfig, ModelConfig, get, load_config
-from common.data import TokenizedRows, collate, load_rows, prompt_and_reference, tokenize
+from common.data import (
+    Prompt,
+    TokenizedRows,
+    collate,
+    describe_counts,
+    load_rows,
+    prompt_and_reference,
+    prompt_tokens,
+    tokenize,
+)
 from common.errors import UserError
 from common.files import check_writable, write_whole
 from common.loss import IGNORE, CausalLMLoss
@@ -130,11 +140,12 @@ def figures(sums: Tensor, text_bytes: int) -> dict[str, float]:
     }
 
 
-def questions(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
-    """(prompt, reference) of each row; of a text, its beginning and how it goes on."""
+def questions(rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[Prompt, str]]:
+    """(prompt, reference) of each row; of a text, its beginning and how it continues."""
     if data.format != "text":
         return [prompt_and_reference(row, data, tokenizer) for row in rows]
-    return [_split_text(row[data.text_column].strip()) for row in rows]
+    parts = [_split_text(row[data.text_column].strip()) for row in rows]
+    return [(Prompt(*part), part[1]) for part in parts]
 
 
 def _split_text(text: str) -> tuple[str, str]:
@@ -144,12 +155,9 @@ def _split_text(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def encode_prompt(prompt: str, data: DataConfig, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[int]:
+def encode_prompt(prompt: Prompt, data: DataConfig, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[int]:
     """Token ids of `prompt` as training has them; of more than `longest` tokens the last, where the answer begins."""
-    # A chat template has written its special tokens into the text already.
-    ids = tokenizer(prompt, add_special_tokens=data.format != "messages", verbose=False)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+    ids, _ = prompt_tokens(prompt, data, tokenizer)
     return ids[-longest:] or [tokenizer.eos_token_id]  # an empty prompt starts where a packed document would
 
 
@@ -234,7 +242,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
             raise UserError(f"{str(error).split('. GPU')[0]}: {smaller}") from None
         release_memory()  # this model, before the next one is loaded
     samples = [
-        {"prompt": prompt, "reference": reference, "base": base, "fine_tuned": tuned}
+        {"prompt": prompt.text, "reference": reference, "base": base, "fine_tuned": tuned}
         for (prompt, reference, base), (_, _, tuned) in zip(answers["base"], answers["fine_tuned"], strict=True)
     ][: cfg.eval.samples]
     results = {
@@ -300,7 +308,7 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
         trained = load_config(type(cfg), path, [])
     except UserError:  # another project's
         return notes
-    same_data = (_place(trained.data.name), trained.data.subset) == (_place(cfg.data.name), cfg.data.subset)
+    same_data = _is_same(trained.data.name, cfg.data.name) and trained.data.subset == cfg.data.subset
     keys, why = [], "the base would be another model"
     if _place(trained.model.name) != _place(cfg.model.name):
         keys = ["model.name"]
@@ -313,6 +321,8 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
         elif cfg.data.eval_rows > trained.data.eval_rows:  # fewer are the first ones of the same
             keys = ["data.eval_rows"]
         keys += ["seed"] * (cfg.seed != trained.seed)
+    if cfg.data.format == "messages" and trained.data.date != cfg.data.date:
+        notes += [f"the model was trained with data.date={trained.data.date}, and this is data.date={cfg.data.date}"]
     if keys:
         settings = ", ".join(f"{key}={get(cfg, key)} (training: {get(trained, key)})" for key in keys)
         raise UserError(f"{settings}: {why}; set it as in the training, or evaluate with its settings: --config {path}")
@@ -322,6 +332,13 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
     return notes
 
 
+def _is_same(name: str, other: str) -> bool:
+    """Whether both are the same data: by name, or by what is in the file."""
+    if os.path.isfile(name) and os.path.isfile(other):
+        return filecmp.cmp(name, other, shallow=False)
+    return _place(name) == _place(other)
+
+
 def _place(name: str) -> str:
     """A Hub id, or an absolute path: a folder or file has many names."""
     return os.path.realpath(name) if os.path.exists(name) else name
@@ -329,7 +346,7 @@ def _place(name: str) -> str:
 
 def _measure(
     source: ModelConfig, cfg: BaseConfig, held_out: Dataset, accelerator: Accelerator, dtype: torch.dtype
-) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+) -> tuple[dict[str, Any], list[tuple[Prompt, str, str]]]:
     """One model's figures, and (prompt, reference, answer) of the first rows. The same on every process."""
     started = time.perf_counter()
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -337,13 +354,20 @@ def _measure(
     model = load_model(source, cfg.seed).to(device)
     use_fused_attention(model, device, dtype)
     rows = tokenize(held_out, cfg.data, tokenizer, packing="none")
+    if rows.counts["dropped"] or rows.counts["cut"]:
+        accelerator.print(f"held-out: {describe_counts(rows.counts)}")
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     progress = "held-out loss" if accelerator.is_main_process else ""
     sums = accelerator.reduce(evaluate(CausalLMLoss(model), batches, device, dtype, progress))
     # A folder is named from the run folder, since the record may be published and the disk it was on may not.
     name = os.path.relpath(source.name, cfg.output_dir) if Path(source.name).is_dir() else source.name
-    measured = {"model": name, "rows": len(rows), **figures(sums, predicted_bytes(rows, tokenizer))}
+    measured = {
+        "model": name,
+        "rows": len(rows),
+        "data": rows.counts,
+        **figures(sums, predicted_bytes(rows, tokenizer)),
+    }
 
     scored = cfg.eval.generate_rows if cfg.data.format != "text" else 0  # a text has no one right continuation
     wanted = min(max(scored, cfg.eval.samples), len(held_out))
@@ -357,7 +381,7 @@ def _measure(
 
 
 def _answer(
-    prompts: list[str],
+    prompts: list[Prompt],
     cfg: BaseConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -375,7 +399,16 @@ def _answer(
         (start, generate(model, tokenizer, ids[start : start + size], cfg.eval.max_new_tokens, dtype))
         for start in track(starts, "answers", "batch", len(starts), shown=accelerator.is_main_process)
     ]
-    return [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
+    answers = [answer for _, batch in sorted(gather_object(mine)) for answer in batch]
+    return [
+        without_rest(prompt_tokens(prompt, cfg.data, tokenizer)[1], answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def without_rest(rest: str, answer: str) -> str:
+    """`answer` without the end of the prompt that it begins with; decoding may have dropped a space in front."""
+    return answer.lstrip().removeprefix(rest.lstrip()) if rest else answer
 
 
 def _write(results: dict[str, Any], run_dir: Path) -> None:

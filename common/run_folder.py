@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common import report
 from common.config import BaseConfig, accumulation_steps, save_config
+from common.data import describe_counts
 from common.errors import UserError, full_disk
 from common.export import export
 from common.files import check_writable, remove, write_whole
@@ -55,6 +56,7 @@ class RunFolder:
         self.model = (self.path / "model").resolve()  # the export is renamed into its place: a link is not replaced
         self._advice = advice
         self._begun = False
+        self._rows: dict = {}
         self._environment = environment
         self._metrics = JsonLines(self.path / "metrics.jsonl")
         if not is_main:
@@ -148,6 +150,13 @@ class RunFolder:
         for name in stale:
             remove(self.path / name)
 
+    def log_rows(self, counts: dict) -> None:
+        """What became of the rows of data: `counts` of `tokenized_rows`. Printed, and kept for the summary."""
+        self._rows = counts
+        if self.is_main:
+            parts = (f"{name.replace('_', '-')}: {describe_counts(part)}" for name, part in counts.items())
+            print(f"Data: {'; '.join(parts)}")
+
     def log_step(self, step: int, *, seconds: float, tokens: int, **values: float) -> None:
         """One optimizer step; `values` holds `epoch`, `loss`, `learning_rate` and `grad_norm`."""
         if not self.is_main:
@@ -223,7 +232,7 @@ class RunFolder:
         records = self._metrics.read()
         steps = [r for r in records if "loss" in r]
         held_out = [r for r in records if "eval_loss" in r]
-        summary = {"project": self.project, "status": status, "steps": 0}
+        summary = {"project": self.project, "status": status, "steps": 0, "data": self._rows}
         if not steps:  # failed in its first step, or went on from another folder's last one without its history
             return summary
         steady = steps[WARM_UP_STEPS:] or steps

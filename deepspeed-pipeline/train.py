@@ -133,9 +133,7 @@ def read_weights(cfg: Config, zero, model: PreTrainedModel) -> None:
 
 def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
     """This pipeline's training rows, and its share of the held-out batches."""
-    training, held_out = data.load_rows(cfg.data, cfg.seed)
-    rows = data.tokenize(training, cfg.data, tokenizer, show_progress=dist.get_rank() == 0)
-    held_out_rows = data.tokenize(held_out, cfg.data, tokenizer, packing="none")
+    rows, held_out_rows = data.tokenized_rows(cfg.data, cfg.seed, tokenizer, show_progress=dist.get_rank() == 0)
     batches = evaluation.held_out_batches(held_out_rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     return rows, batches
 
@@ -239,6 +237,7 @@ def train(cfg: Config) -> None:
         if rank == 0:
             print(describe(partition, found_costs, cfg.pipeline.partition))
         rows, held_out = build_dataloaders(cfg, tokenizer, pipeline, pipelines)
+        run.log_rows(rows.counts)
         engine, model = build_model(cfg, settings, partition, device, dtype)
         zero = engine.optimizer
 

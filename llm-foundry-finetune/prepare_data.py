@@ -1,25 +1,30 @@
-"""Rows of any prompt-response data as LLM Foundry reads them: JSON lines of `prompt` and `response`.
+"""Rows of any prompt-response data as LLM Foundry reads them: JSON lines of `prompt`, `response` and their tokens.
 
     python llm-foundry-finetune/prepare_data.py [--config FILE] [key=value ...]
 
 writes `foundry/train.jsonl` and `foundry/eval.jsonl` into the run folder. train.py does the same by itself.
 
 The training file holds the rows in the order of training, step by step and epoch after epoch, so that Foundry, which
-does not shuffle it, sees in each step the very rows that the other projects see.
+does not shuffle it, sees in each step the very rows that the other projects see. It sees the very tokens, too: Foundry
+would tokenize prompt and response apart, which gives others where a token crosses their border.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from settings import Config
 
 from common import data, errors, models
 from common.config import BaseConfig, parse_config
 from common.errors import UserError
+from common.loss import IGNORE
 
 
 class Prepared(NamedTuple):
@@ -32,6 +37,8 @@ class Prepared(NamedTuple):
     steps_per_epoch: int
     total_steps: int
     fingerprint: str  # of the tokens of an epoch: equal for equal data
+    digest: str  # of train_file's rows, by `digest`
+    counts: dict  # what became of the rows of data
 
 
 def check_data_settings(cfg: BaseConfig) -> None:
@@ -57,48 +64,80 @@ def prepare(cfg: Config, tokenizer, folder: Path, world_size: int) -> Prepared:
     """Write the two files into `folder`. Raises `UserError` for what loading and tokenizing data raises."""
     check_data_settings(cfg)
     training, held_out = data.load_rows(cfg.data, cfg.seed)
-    training, rows = _learnable(training, cfg, tokenizer)
-    held_out, held_out_rows = _learnable(held_out, cfg, tokenizer)
+    rows, held_out_rows = _learnable(training, cfg, tokenizer), _learnable(held_out, cfg, tokenizer)
     # The steps of the other projects, in which a global batch is sorted by length.
     train = dataclasses.replace(cfg.train, global_batch_size=rows_per_step(cfg, world_size))
     sampler = data.StepSampler(rows, dataclasses.replace(cfg, train=train), rank=0, world_size=1)
     folder.mkdir(parents=True, exist_ok=True)
     train_file, eval_file = folder / "train.jsonl", folder / "eval.jsonl"
-    prompts = data.render_prompts(training[:], cfg.data)
-    responses = training[cfg.data.response_column]
-    with train_file.open("w", encoding="utf-8") as file:
-        for step in sampler:
-            file.writelines(_line(prompts[i], responses[i]) for i in step)
-    prompts = data.render_prompts(held_out[:], cfg.data)
-    lines = map(_line, prompts, held_out[cfg.data.response_column])
-    eval_file.write_text("".join(lines), encoding="utf-8")
+    order = [i for step in sampler for i in step]
+    _write(train_file, training, rows, order, cfg)
+    _write(eval_file, held_out, held_out_rows, range(len(held_out_rows)), cfg)
     return Prepared(
         train_file=train_file,
         eval_file=eval_file,
-        rows=sampler.total_steps * sampler.size,
+        rows=len(order),
         eval_rows=len(held_out_rows),
         steps_per_epoch=sampler.steps_per_epoch,
         total_steps=sampler.total_steps,
         fingerprint=rows.fingerprint(),
+        digest=digest(rows[order[i]]["input_ids"].tolist() for i in sampled(len(order))),
+        counts={"training": rows.counts, "held_out": held_out_rows.counts},
     )
 
 
-def _learnable(rows, cfg: Config, tokenizer):
-    """The rows that Foundry keeps, and their tokens: none without prompt, response, or room for a response."""
-    prompts = data.render_prompts(rows[:], cfg.data)
-    responses = rows[cfg.data.response_column]
-    rows = rows.select([i for i in range(len(rows)) if prompts[i] and responses[i]])
+def _learnable(rows, cfg: Config, tokenizer) -> data.TokenizedRows:
+    """The tokens of the rows that Foundry keeps: none without a token before the response."""
     tokenized = data.tokenize(rows, cfg.data, tokenizer)
-    return rows.select(tokenized.sources), tokenized
+    starts = tokenized.offsets[:-1]
+    kept = tokenized.labels[starts] == IGNORE
+    if kept.all():
+        return tokenized
+    if not kept.any():
+        raise UserError(
+            "data.prompt_template: LLM Foundry needs a prompt before each response, and none of these has one"
+        )
+    in_kept = np.repeat(kept, tokenized.lengths)
+    counts = tokenized.counts | {"kept": int(kept.sum())}
+    counts["dropped"] = counts["dropped"] | {"LLM Foundry needs a prompt before the response": int((~kept).sum())}
+    return data.TokenizedRows(
+        tokenized.tokens[in_kept],
+        tokenized.labels[in_kept],
+        np.concatenate([[0], np.cumsum(tokenized.lengths[kept])]),
+        tokenized.sources[kept],
+        counts,
+    )
 
 
-def _line(prompt: str, response: str) -> str:
-    return json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False) + "\n"
+def _write(file: Path, texts, rows: data.TokenizedRows, order: Iterable[int], cfg: Config) -> None:
+    prompts = data.render_prompts(texts[:], cfg.data)
+    responses = texts[cfg.data.response_column]
+    with file.open("w", encoding="utf-8") as lines:
+        for i in order:
+            row, source = rows[i], rows.sources[i]
+            tokens, targets = row["input_ids"].tolist(), int((row["labels"] != IGNORE).sum())
+            line = {"prompt": prompts[source], "response": responses[source], "tokens": tokens, "targets": targets}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def read_line(row: dict[str, str]) -> dict[str, str]:
-    """What `_line` wrote; foundry.yaml names this function."""
+def sampled(rows: int) -> range:
+    """A thousand rows, or all: enough to know a file by."""
+    return range(0, rows, max(1, rows // 1000))
+
+
+def digest(rows: Iterable[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def read_line(row: dict[str, str]) -> dict[str, Any]:
+    """What `_write` wrote; foundry.yaml names this function."""
     return json.loads(row["text"])
+
+
+def tokens_of_line(line: dict[str, Any], tokenizer) -> dict[str, list[dict[str, list[int]]]]:
+    """A line as Foundry has it after tokenizing: one turn, its prompt `input_ids` and its response `labels`."""
+    border = len(line["tokens"]) - line["targets"]
+    return {"turns": [{"input_ids": line["tokens"][:border], "labels": line["tokens"][border:]}]}
 
 
 def main() -> None:
@@ -107,6 +146,8 @@ def main() -> None:
     prepared = prepare(cfg, models.load_tokenizer(cfg.model), folder, world_size=1)
     print(f"{prepared.train_file}: {prepared.rows:,} rows, {prepared.total_steps:,} steps")
     print(f"{prepared.eval_file}: {prepared.eval_rows:,} rows, held out")
+    for part, counts in prepared.counts.items():
+        print(f"{part.replace('_', '-')}: {data.describe_counts(counts)}")
 
 
 if __name__ == "__main__":

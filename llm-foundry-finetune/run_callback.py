@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
+from prepare_data import Prepared, digest, sampled
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -70,12 +71,10 @@ class RunFolderCallback(Callback):
         stop: runtime.StopRequest,
         save: Callable[[int, State], None],
         begin: Callable[[torch.nn.Module], None],
-        rows: int,
-        steps_per_epoch: int,
-        total_steps: int,
+        prepared: Prepared,
     ):
         self.run, self.cfg, self.stop, self.save, self.begin = run, cfg, stop, save, begin
-        self.rows, self.steps_per_epoch, self.total_steps = rows, steps_per_epoch, total_steps
+        self.prepared, self.total_steps = prepared, prepared.total_steps
         self.state: State | None = None
         self._skipped = 0
 
@@ -91,10 +90,14 @@ class RunFolderCallback(Callback):
         self.begin(state.model.model)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if len(state.dataloader.dataset) != self.rows:
+        found = state.dataloader.dataset
+        turns = (found[i]["turns"] for i in sampled(len(found)))
+        if len(found) != self.prepared.rows or self.prepared.digest != digest(
+            turn["input_ids"] + turn["labels"] for (turn,) in turns
+        ):
             raise UserError(
-                f"LLM Foundry kept {len(state.dataloader.dataset)} of the {self.rows} rows that prepare_data.py wrote, "
-                f"so its batches would not be those of the other projects: tell us which tokenizer and data do that"
+                f"LLM Foundry has {len(found):,} rows, which are not the {self.prepared.rows:,} of "
+                f"{self.prepared.train_file}: its batches would not be those of the other projects"
             )
         for group in state.optimizers[0].param_groups:  # a checkpoint's may be those of another learning rate
             group["weight_decay"] *= self.cfg.train.learning_rate / (group["initial_lr"] or 1)
@@ -116,7 +119,7 @@ class RunFolderCallback(Callback):
         runtime.check_finite(step, loss, self._skipped)
         self.run.log_step(
             step,
-            epoch=round(step / self.steps_per_epoch, 4),
+            epoch=round(step / self.prepared.steps_per_epoch, 4),
             loss=loss,
             learning_rate=self._learning_rate,
             grad_norm=next(c.norm for c in state.callbacks if isinstance(c, GradientNorm)),

@@ -15,6 +15,8 @@ stopped or killed goes on when the same command is given again.
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
 import logging
 import os
 import shutil
@@ -33,8 +35,9 @@ from composer.utils.checkpoint import save_checkpoint as composer_save_checkpoin
 from foundry_settings import read_settings, write_settings
 from llmfoundry import registry
 from llmfoundry.command_utils import train_from_yaml
+from llmfoundry.data.finetuning.tasks import dataset_constructor
 from llmfoundry.utils.exceptions import BaseContextualError
-from prepare_data import Prepared, check_data_settings, prepare
+from prepare_data import Prepared, check_data_settings, prepare, tokens_of_line
 from run_callback import GradientNorm, RunFolderCallback
 from settings import PROJECT, Config
 from torch.distributed.fsdp import FSDPModule
@@ -126,8 +129,8 @@ def foundry_variables(
         "init_device": "mixed" if dist.get_world_size() > 1 else "cpu",
         "config_overrides": without_dropout,
         "attention": "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(architecture)]._supports_sdpa else "eager",
-        "train_file": str(folder / prepared.train_file.name),
-        "eval_file": str(folder / prepared.eval_file.name),
+        "train_file": glob.escape(str(folder / prepared.train_file.name)),  # read as a pattern
+        "eval_file": glob.escape(str(folder / prepared.eval_file.name)),
         "cache": str(folder / "cache"),
         "packing_ratio": cfg.foundry.packing_ratio if cfg.foundry.packing_ratio > 1 else None,
         "dtype": next(name for name, of in runtime.DTYPES.items() if of == dtype),
@@ -201,6 +204,7 @@ def train(cfg: Config) -> None:
             shared = [(prepared, same_run, first_step, checkpoint)]
         dist.broadcast_object_list(shared)
         prepared, same_run, first_step, checkpoint = shared[0]
+        run.log_rows(prepared.counts)
         if prepared.rows < 20_000:
             datasets.disable_progress_bars()
         if rank:  # rank 0's knows which one the run goes on from
@@ -212,10 +216,11 @@ def train(cfg: Config) -> None:
             stop,
             save=lambda step, state: save_checkpoint(checkpoints, step, state),
             begin=lambda model: run.begin(model, device, dtype, first_step, prepared.total_steps, checkpoint),
-            rows=prepared.rows,
-            steps_per_epoch=prepared.steps_per_epoch,
-            total_steps=prepared.total_steps,
+            prepared=prepared,
         )
+        # Foundry would tokenize prompt and response apart; prepare_data.py has done it, in one piece.
+        read = functools.partial(dataset_constructor.build_from_hf, mapping_fn=tokens_of_line)
+        dataset_constructor.build_from_hf = read
         registry.callbacks.register("gradient_norm", func=GradientNorm)
         # Foundry makes callbacks by calling a class; the only instance of this one exists already.
         registry.callbacks.register(

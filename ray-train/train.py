@@ -104,9 +104,7 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
 
 def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
     """This rank's training rows, and its share of the held-out batches."""
-    training, held_out = data.load_rows(cfg.data, cfg.seed)
-    rows = data.tokenize(training, cfg.data, tokenizer, show_progress=rank == 0)
-    held_out_rows = data.tokenize(held_out, cfg.data, tokenizer, packing="none")
+    rows, held_out_rows = data.tokenized_rows(cfg.data, cfg.seed, tokenizer, show_progress=rank == 0)
     batches = evaluation.held_out_batches(held_out_rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     return rows, batches
 
@@ -215,6 +213,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         rows, held_out = build_dataloaders(cfg, tokenizer, rank, world_size)
+        run.log_rows(rows.counts)
         engine = build_model(cfg, settings, device, dtype)
         model, zero = engine.module.model, engine.optimizer
 

@@ -40,7 +40,7 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
         PLACE: begun.get(PLACE, str(root)),
     }
     for name, theirs in begun.items():
-        if ours[name] != theirs:
+        if name in ours and ours[name] != theirs:
             raise UserError(
                 f"{name} is {ours[name]}, but the search in {root} was begun with {theirs}: set it back, choose "
                 f"another output_dir, or set checkpoint.resume=never to start anew"

@@ -91,9 +91,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> Causal
 
 def build_dataloaders(cfg: Config, tokenizer):
     """All training rows and held-out batches: made once, for all trials."""
-    training, held_out = data.load_rows(cfg.data, cfg.seed)
-    rows = data.tokenize(training, cfg.data, tokenizer, show_progress=True)
-    held_out_rows = data.tokenize(held_out, cfg.data, tokenizer, packing="none")
+    rows, held_out_rows = data.tokenized_rows(cfg.data, cfg.seed, tokenizer, show_progress=True)
     batches = evaluation.held_out_batches(held_out_rows, cfg.eval.batch_size, tokenizer.pad_token_id, 0, 1)
     return rows, batches
 
@@ -157,6 +155,7 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
     environment = runtime.describe_environment(1, reason)
     with RunFolder(cfg, PROJECT, True, environment, advice="") as run, runtime.explain_out_of_memory(cfg):
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
+        run.log_rows(rows.counts)
         model = build_model(cfg, device, dtype)
         groups = models.parameter_groups(model, cfg.train.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)

@@ -204,10 +204,18 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(checkpoints, ke
     assert changed.find("never") is None
 
 
+def test_other_data_are_refused_with_what_may_have_changed(checkpoints):
+    write(checkpoints, 10)
+    changed = Checkpoints(checkpoints.root, 3, {**ID, "the training data's fingerprint": "g"})
+    with refused("fingerprint is g", "data.name, another data key or the file itself has changed"):
+        changed.find("auto")
+
+
 def test_identity_is_what_a_run_cannot_change():
     config = BaseConfig()
     before = identity(config, "p", "a", "f")
     assert before["the training data's fingerprint"] == "f"
     assert all(before[key] == get(config, key) for key in IDENTITY)
     config.train.max_steps, config.train.micro_batch_size, config.train.max_grad_norm = 7, 1, 0.5
+    config.data.name = "the/same/rows.jsonl"
     assert identity(config, "p", "a", "f") == before, "these may change between two starts"

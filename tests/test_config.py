@@ -125,6 +125,7 @@ def test_the_saved_config_loads_again_to_the_same_config(tmp_path, load, value):
     ("override", "parts"),
     [
         ("bad.key=1", ["unknown key bad.key"]),
+        ("data.date=today", ["data.date=today", "2024-07-26"]),
         ("nonsense=1", ["unknown key nonsense", "--help"]),
         ("train.max_step=4", ["unknown key train.max_step", "did you mean train.max_steps?"]),
         ("max_steps=4", ["unknown key max_steps", "did you mean train.max_steps?"]),

@@ -1,21 +1,42 @@
 """Data: splits, masks by position, packing, and that N ranks see exactly the batches that one would."""
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
+import os
+import subprocess
+import sys
 from itertools import chain
+from operator import itemgetter
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import FAMILIES, refused
+from conftest import FAMILIES, REPOSITORY, refused
 
 from common import data as data_module
 from common import pydoc_data
 from common.config import BaseConfig, DataConfig, ModelConfig, TrainConfig
-from common.data import StepSampler, TokenizedRows, collate, load_rows, prompt_and_reference, step_loader, tokenize
+from common.data import (
+    StepSampler,
+    TokenizedRows,
+    collate,
+    load_rows,
+    prompt_and_reference,
+    step_loader,
+    tokenize,
+    tokenized_rows,
+)
 from common.loss import IGNORE
 from common.models import load_model_config, load_tokenizer
+from common.run_folder import RunFolder
 
 EOS = "<|endoftext|>"  # of the tiny tokenizers; their pad token as well, and the BOS of llama and opt
 
@@ -97,10 +118,10 @@ def test_held_out_rows_never_train_and_do_not_depend_on_train_rows():
 
 
 def test_rows_sorted_by_label_are_shuffled_before_slicing(write):
-    rows = [{"text": f"{i}", "label": i // 500} for i in range(1000)]
+    rows = [{"text": f"{i}"} for i in range(1000)]
     train, held_out = load_rows(DataConfig(name=write("sorted.jsonl", rows), train_rows=100, eval_rows=100), seed=3)
     for drawn in (train, held_out):
-        assert 25 <= sum(drawn["label"]) <= 75, "one class only, or nearly"
+        assert 25 <= sum(int(text) >= 500 for text in drawn["text"]) <= 75, "one class only, or nearly"
 
 
 def test_files_of_all_kinds_give_the_same_rows(write):
@@ -171,7 +192,7 @@ def test_the_template_takes_any_column():
     prompt = [token for token, label in zip(ids, labels, strict=True) if label == IGNORE]
     assert tokenizer.decode(prompt) == "1 and 2: Add. =>"
     data = DataConfig(format="prompt-response", prompt_template=template)
-    assert prompt_and_reference(row, data, tokenizer) == ("1 and 2: Add. =>", "3")
+    assert prompt_and_reference(row, data, tokenizer) == (("1 and 2: Add. =>", "3"), "3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,8 +215,8 @@ def test_of_a_conversation_only_the_assistant_s_turns_are_targets(family):
     data = DataConfig(format="messages")
     prompt, reference = prompt_and_reference(row, data, tokenizer)
     assert reference == "4"
-    assert prompt.endswith("2+2?<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer.decode(ids).startswith(prompt)
+    assert prompt.text.endswith("2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(ids) == "".join(prompt) + EOS
 
 
 def test_rows_with_nothing_to_learn_are_dropped():
@@ -207,6 +228,48 @@ def test_rows_with_nothing_to_learn_are_dropped():
     rows = encode([long_prompt, short, long_prompt], format="prompt-response", max_length=12)
     assert len(rows) == 1
     assert targets_of(*(rows[0][name].tolist() for name in ("input_ids", "labels")))
+
+
+def test_every_row_that_is_dropped_or_cut_is_counted_by_its_reason(tmp_path, capsys):
+    words = "many words of a prompt " * 10
+    pairs = [("p", "r")] * 3 + [(words, "never seen")] * 4 + [("p", "an answer " * 20)] * 2
+    rows = encode([{"prompt": p, "response": r} for p, r in pairs], format="prompt-response", max_length=12)
+    too_long = "longer than data.max_length=12"
+    dropped, cut = {f"its prompt is {too_long}": 4}, {too_long: 2}
+    assert rows.counts == {"rows": 9, "kept": len(rows), "dropped": dropped, "cut": cut} and len(rows) == 5
+    texts = [{"text": text} for text in ("a", " \n", "", "b c d")]
+    assert encode(texts).counts == {"rows": 4, "kept": 2, "dropped": {"no text": 2}, "cut": {}}
+    packed = encode([*texts, {"text": "word " * 50}], packing="wrapped", max_length=16)
+    n = len(encode([*texts, {"text": "word " * 50}]).tokens)
+    assert packed.counts == {
+        "rows": 5, "kept": 3, "dropped": {"no text": 2}, "cut": {}, "blocks": n // 16, "blocks_dropped": {},
+        "tokens_dropped": {"they fill no block": n % 16},
+    }  # fmt: skip
+
+    # What the main process prints, and what stands in summary.json.
+    write_rows = "".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs * 20)
+    (tmp_path / "rows.jsonl").write_text(write_rows)
+    data = DataConfig(name=str(tmp_path / "rows.jsonl"), format="prompt-response", max_length=12, eval_rows=30)
+    training, held_out = tokenized_rows(data, 1, tokenizer_of())
+    both = training.counts
+    assert [both[part]["rows"] for part in ("training", "held_out")] == [150, 30]
+    assert sum(both[part]["dropped"][f"its prompt is {too_long}"] for part in both) == 80
+    assert sum(both[part]["cut"][too_long] for part in both) == 40
+    assert (both["training"]["kept"], both["held_out"]["kept"]) == (len(training), len(held_out))
+    for is_main in (True, False):
+        run = RunFolder(BaseConfig(output_dir=str(tmp_path / "run")), "pytorch-ddp", is_main, {})
+        run.log_rows(both)
+        assert run.summarize("failed")["data"] == both
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == is_main
+        if is_main:
+            assert printed.startswith(f"Data: training: {len(training)} of 150 rows, ")
+            for part, name in (("training", "training"), ("held_out", "held-out")):
+                assert f"{name}: {both[part]['kept']} of" in printed
+                assert (
+                    f"{both[part]['dropped'][f'its prompt is {too_long}']} dropped: its prompt is {too_long}" in printed
+                )
+                assert f"{both[part]['cut'][too_long]} cut: {too_long}" in printed
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
@@ -247,7 +310,7 @@ def test_the_fingerprint_is_that_of_the_data():
     assert encode(numbered(8)).fingerprint() != fingerprint
     assert encode(numbered(9)[::-1]).fingerprint() != fingerprint
     assert encode(numbered(9), max_length=3).fingerprint() != fingerprint
-    rows = encode([{"prompt": "ab", "response": "cd"}], format="prompt-response", prompt_template="{prompt}")
+    rows = encode([{"prompt": "ab", "response": "cd"}], format="prompt-response")
     whole = TokenizedRows(rows.tokens, rows.tokens, rows.offsets)
     assert whole.fingerprint() != rows.fingerprint(), "the mask counts"
     split = TokenizedRows(rows.tokens, rows.labels, np.array([0, 1, len(rows.tokens)]))
@@ -352,20 +415,229 @@ def test_the_loader_draws_no_random_numbers_of_the_run():
 
 
 def test_a_file_that_is_missing_empty_or_broken_is_refused(tmp_path):
-    with refused("data.name=nowhere.jsonl", "no such file"):
-        load_rows(DataConfig(name="nowhere.jsonl"), seed=1)
+    for name in ("nowhere.jsonl", "./nowhere", "/nowhere/x", "nowhere.csv.gz"):
+        with refused(f"data.name={name}: no such file"):
+            load_rows(DataConfig(name=name), seed=1)
     for name, content, reason in [
         ("empty.jsonl", b"", "the file is empty"),
-        ("blank.jsonl", b"\n\n", "cannot be read as jsonl"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": "b', "row 1"),
+        ("blank.jsonl", b"\n\n", "has no rows"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": "b', "cannot be read as json: row 2: Unterminated string"),
+        ("broken-first.jsonl", b'{"text": "a\n{"text": "b"}\n', "row 1"),
+        ("list.jsonl", b'["a", "b"]', "row 1 is not an object"),
+        ("number.jsonl", b'{"text": "a"}\n{"text": 4}\n', "row 2: column text holds a number"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', "row 2: column text has no value"),
+        ("missing.jsonl", b'{"text": "a"}\n{"other": "b"}\n', "row 2: column text has no value"),
+        ("surrogate.jsonl", b'{"text": "\\ud800"}\n', "surrogates not allowed"),
+        ("broken.json", b'[{"text": "a"},\n {"text": "b"', "line 2"),
         ("broken.parquet", b"no parquet", "cannot be read as parquet"),
         ("broken.csv", b'text,label\n"a,1\nb,2\n', "cannot be read as csv"),
-        ("binary.csv", b"\xff\xfe\x00", "cannot be read as csv"),
-        ("header.csv", b"text,label\n", "header.csv"),
+        ("short.csv", b"text,label\na,1\nb\n", "line 3 has 1 cells, and the first line 2"),
+        ("twice.csv", b"text,text\na,b\n", "the column 'text' twice"),
+        ("binary.csv", b"\xff\xfe\x00", "not in UTF-8 (byte 0xff"),
+        ("latin.csv", "text\ncafé\n".encode("latin-1"), "not in UTF-8 (byte 0xe9"),
+        ("latin.jsonl", '{"text": "café"}\n'.encode("latin-1"), "not in UTF-8 (byte 0xe9"),
+        ("header.csv", b"text,label\n", "has no rows"),
+        ("broken.jsonl.gz", b"no gzip", "cannot be read as jsonl"),
+        ("rows.txt", b"a\nb\n", ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, also with .gz"),
     ]:
         (tmp_path / name).write_bytes(content)
         with refused(f"data.name={tmp_path / name}", reason):
             load_rows(DataConfig(name=str(tmp_path / name)), seed=1)
+
+
+TRICKY = ["01234", "NA", "None", "null", "nan", "4", "1.50", "1e3", "true", "2024-01-02", "2024-01-02T03:04:05Z", "é",
+          "0.1000000000000000055511151231257827", "99999999999999999999999", "-0", "", " x ", "a,b\t\"c\"", "l1\nl2",
+          "\u2028", "[1, 2]", "{'a': 1}", "=1+1", "\r\n"]  # fmt: skip
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    """Written without the product's help; the suffix says how."""
+    kind, compression = path.name.lower().partition(".")[2].partition(".")[::2]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    if kind in ("csv", "tsv"):
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(rows[0]), delimiter={"csv": ",", "tsv": "\t"}[kind])
+        writer.writeheader()
+        writer.writerows(rows)
+        text = table.getvalue()
+    elif kind == "json":
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "": open}[compression](path, "wb") as file:
+        file.write(text.encode())
+    return path
+
+
+SUFFIXES = [
+    "jsonl",
+    "ndjson",
+    "json",
+    "csv",
+    "tsv",
+    "parquet",
+    "JSONL",
+    "Csv",
+    "jsonl.gz",
+    "csv.GZ",
+    "tsv.bz2",
+    "json.xz",
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_cell_is_text_as_it_is_written_in_a_file_of_any_kind(tmp_path, monkeypatch, suffix):
+    """In the prompt, in the response and in the template's columns; by whatever name, from whatever folder."""
+    rows = [{"prompt": f"q{i}", "response": text, "extra": text} for i, text in enumerate(TRICKY)] * 2
+    path = written(tmp_path / f"rows.{suffix}", rows)
+    keys = {"format": "prompt-response", "prompt_template": "{extra}|{prompt}", "eval_rows": 1}
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), path.name, f"./{path.name}", f"../{tmp_path.name}/{path.name}"):
+        data = DataConfig(name=name, **keys)
+        read = [row for split in load_rows(data, seed=1) for row in split.to_list()]
+        key = itemgetter("prompt", "response")
+        assert sorted(read, key=key) == sorted(rows, key=key)
+        prompts = data_module.render_prompts({name: [row[name] for row in read] for name in read[0]}, data)
+        assert prompts == [f"{row['extra']}|{row['prompt']}" for row in read]
+
+
+def test_numbers_of_json_reach_a_prompt_as_they_are_written(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    values = ["4", "1.50", "1e3", "-0", "12345678901234567890.123", "true", "false"]
+    lines = [
+        f'{{"prompt": "p", "response": "r", "n": {n}, "list": ["x", {n}], "deep": {{"a": {n}}}}}\n' for n in values
+    ]
+    path.write_text("".join(lines))
+    template = "{n} {list[1]} {deep[a]}"
+    data = DataConfig(name=str(path), format="prompt-response", prompt_template=template, eval_rows=1)
+    read = [row for split in load_rows(data, seed=1) for row in split.to_list()] if "true" not in values else None
+    if read is None:  # Arrow has no column of numbers and truths inside a list
+        path.write_text("".join(lines[:5]))
+        read = [row for split in load_rows(data, seed=1) for row in split.to_list()]
+    prompts = data_module.render_prompts({name: [row[name] for row in read] for name in read[0]}, data)
+    assert sorted(prompts) == sorted(f"{n} {n} {n}" for n in values[:5])
+
+
+def test_no_value_of_a_template_is_printed_as_python_would():
+    for value, shown in ((True, "true"), (0.5, "0.5"), (7, "7"), ("x", "x")):
+        batch = {"prompt": ["p"], "v": [value]}
+        assert data_module.render_prompts(batch, DataConfig(prompt_template="{v}{prompt}")) == [f"{shown}p"]
+    for value, kind in ((None, "without a value"), ([1], "a list"), ({"a": 1}, "an object"), (b"x", "bytes")):
+        with refused("data.prompt_template", "{v}{prompt}", kind.removeprefix("an "), "row 5"):
+            data_module.render_prompts({"prompt": ["p"], "v": [value]}, DataConfig(prompt_template="{v}{prompt}"), 5)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_column_of_the_template_that_has_no_value_names_row_and_column(tmp_path, suffix):
+    rows = [{"context": context, "prompt": f"p{i}", "response": "r"} for i, context in enumerate(["c", "", None, ""])]
+    path = written(tmp_path / f"rows.{suffix}", rows)
+    data = DataConfig(name=str(path), format="prompt-response", prompt_template="{context}\n{prompt}\n", eval_rows=1)
+    if suffix == "csv":  # there an empty cell is an empty text
+        assert sorted(row["context"] for split in load_rows(data, seed=1) for row in split.to_list()) == [
+            "",
+            "",
+            "",
+            "c",
+        ]
+    else:
+        with refused(str(path), "row 3", "column context has no value", "{context}", "data.prompt_template"):
+            load_rows(data, seed=1)
+    data.prompt_template = "{contxt}{prompt}"
+    with refused("{contxt}", "the columns context, prompt, response"):
+        load_rows(data, seed=1)
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    names = [
+        "q[1].jsonl",
+        "q1.jsonl",
+        "z[ab].jsonl",
+        "za.jsonl",
+        "a*.jsonl",
+        "ab.jsonl",
+        "w?.jsonl",
+        "wx.jsonl",
+        "{a,b}.jsonl",
+    ]
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n" + json.dumps({"text": name}) + "\n")
+    for name in names:
+        train, held_out = load_rows(DataConfig(name=str(tmp_path / name), eval_rows=1), seed=1)
+        assert (*train["text"], *held_out["text"]) == (name, name)
+    for folder in ("d[1]", "d1", "d*"):  # as a folder, and as the folder of a file
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.jsonl").write_text(
+            json.dumps({"text": folder}) + "\n" + json.dumps({"text": folder})
+        )
+    for folder in ("d[1]", "d1", "d*"):
+        for name in (folder, f"{folder}/train.jsonl"):
+            train, held_out = load_rows(DataConfig(name=str(tmp_path / name), eval_rows=1), seed=1)
+            assert (*train["text"], *held_out["text"]) == (folder, folder)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_file_is_read_as_it_is_now(tmp_path, suffix, as_folder):
+    """Also where size and time of change are those of what a library has in its cache."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    path = folder / f"train.{suffix}"
+    for text in ("one", "two"):
+        written(path, [{"text": text}] * 2)
+        os.utime(path, ns=(10**18, 10**18))
+        train, _ = load_rows(DataConfig(name=str(folder if as_folder else path), eval_rows=1), seed=1)
+        assert list(train["text"]) == [text]
+
+
+def test_a_folder_s_files_are_its_splits_as_written(tmp_path):
+    rows = {
+        split: [{"text": f"0{i}", "n": str(i)} for i in range(start, start + 10)]
+        for split, start in (("train", 0), ("test", 20))
+    }
+    for split, part in rows.items():
+        written(tmp_path / f"{split}.csv", part)
+
+    def read(split: str) -> list[str]:
+        data = DataConfig(name=str(tmp_path), split=split, eval_rows=1)
+        return sorted(text for part in load_rows(data, seed=1) for text in part["text"])
+
+    assert read("train") == [f"0{i}" for i in range(10)]
+    assert read("train[:50%]") == [f"0{i}" for i in range(5)]
+    assert read("train[8:]+test[:2]") == ["020", "021", "08", "09"]
+    with refused("no split dev", "train, test"):
+        read("dev")
+    with refused("split train[:"):
+        read("train[:5x]")
+
+
+def test_text_is_utf8_and_rows_are_the_same_in_any_locale_and_hash_seed(tmp_path):
+    path = written(tmp_path / "rows.csv", [{"text": f"é{i} 中"} for i in range(9)])
+    script = (
+        "import sys; from common.config import DataConfig, ModelConfig; from common.data import load_rows, tokenize; "
+        "from common.models import load_tokenizer; data = DataConfig(name=sys.argv[1], eval_rows=2); "
+        "print(tokenize(load_rows(data, 1)[0], data, load_tokenizer(ModelConfig('tiny:qwen2'))).fingerprint())"
+    )
+    data = DataConfig(name=str(path), eval_rows=2)
+    expected = tokenize(load_rows(data, 1)[0], data, tokenizer_of()).fingerprint()
+    variables = {
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "LC_ALL": "C",
+        "PYTHONHASHSEED": "7",
+        "TZ": "Asia/Tokyo",
+    }
+    environment = os.environ | variables | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, path.name],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[-1] == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from conftest import refused
 from matplotlib.image import imread
 
 from common.config import BaseConfig, DataConfig, ModelConfig, save_config
-from common.data import load_rows, tokenize
+from common.data import Prompt, load_rows, prompt_tokens, tokenize
 from common.errors import UserError
 from common.evaluation import (
     answer_scores,
@@ -31,6 +31,7 @@ from common.evaluation import (
     make_greedy,
     predicted_bytes,
     questions,
+    without_rest,
 )
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, repeat_grouped_heads
@@ -189,7 +190,7 @@ PROMPTS = ["What is it?\n", "What does asyncio.Queue.get_nowait(self) do, and wh
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_answers_equal_one_by_one(family):
     tokenizer, model = load_tokenizer(ModelConfig(f"tiny:{family}"), seed=1), lively_model(family)
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     ids, expected = answers_by_hand(model, tokenizer, prompts, 12, {tokenizer.eos_token_id})
     # A chat model's own settings, which must have no say in a comparison.
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
@@ -201,7 +202,7 @@ def test_left_padded_answers_equal_one_by_one(family):
 @pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers repeats them itself")
 def test_answers_do_not_change_where_grouped_heads_are_repeated():
     tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     make_greedy(model, tokenizer)
     expected = generate(model, tokenizer, prompts, 12, torch.float32)
     repeat_grouped_heads(model)  # what a T4 needs
@@ -212,7 +213,7 @@ def test_answers_do_not_change_where_grouped_heads_are_repeated():
 
 def test_any_end_token_of_the_model_stops_an_answer():
     tokenizer, model = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), lively_model()
-    prompts = [encode_prompt(prompt, data_config(), tokenizer, 256) for prompt in PROMPTS]
+    prompts = [encode_prompt(Prompt(prompt, "It."), data_config(), tokenizer, 256) for prompt in PROMPTS]
     (first, *_), _ = answers_by_hand(model, tokenizer, prompts, 12, set())
     end = first[3]
     ids, expected = answers_by_hand(model, tokenizer, prompts, 12, {end, tokenizer.eos_token_id})
@@ -238,16 +239,31 @@ def test_prompts_are_those_of_training(family, data_format):
 
 def test_long_and_empty_prompts_can_be_answered():
     tokenizer, data = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), data_config()
-    ids = encode_prompt(PROMPTS[1], data, tokenizer, 256)
-    assert encode_prompt(PROMPTS[1], data, tokenizer, 5) == ids[-5:]
-    assert encode_prompt("", data, tokenizer, 5) == [tokenizer.eos_token_id]
+    ids = encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 256)
+    assert encode_prompt(Prompt(PROMPTS[1], "It."), data, tokenizer, 5) == ids[-5:]
+    assert encode_prompt(Prompt("", "It."), data, tokenizer, 5) == [tokenizer.eos_token_id]
+
+
+def test_an_answer_begins_behind_the_prompt():
+    """Where training's first target joins the prompt's end with the response, the model writes that end once more."""
+    tokenizer, data = load_tokenizer(ModelConfig("tiny:qwen2"), seed=1), data_config()
+    prompt = Prompt("Is it good? ", "good")
+    ids, rest = prompt_tokens(prompt, data, tokenizer)
+    assert (tokenizer.decode(ids), rest) == ("Is it good?", " ")
+    for rest, written, answer in (
+        (" ", " good", "good"),
+        (" (", "(x)", "x)"),  # decoded without the space that it begins with
+        ("(", "x)", "x)"),  # the model wrote something else there
+        ("", " good", " good"),
+    ):
+        assert without_rest(rest, written) == answer
 
 
 def test_text_is_continued_from_a_word_boundary():
     rows, _, tokenizer = held_out("text")
     for (prompt, rest), row in zip(questions(rows, data_config("text"), tokenizer), rows, strict=True):
-        assert prompt + rest == row["text"].strip()
-        assert 0 < len(prompt) <= min(160, len(row["text"]) // 2) and rest[0].isspace()
+        assert prompt.text + rest == row["text"].strip()
+        assert 0 < len(prompt.text) <= min(160, len(row["text"]) // 2) and rest[0].isspace()
 
 
 def test_answer_scores_by_hand():
@@ -305,6 +321,27 @@ def test_rows_that_trained_are_never_held_out(tmp_path):
         check_training(BaseConfig(data=data_config(eval_rows=7), seed=1), tmp_path / "model")
 
 
+def test_the_same_file_by_another_path_is_the_same_data(tmp_path, monkeypatch):
+    """By a relative path, a link or a copy, rows that trained are refused; another file's are not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    text = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(50))
+    Path("rows.jsonl").write_text(text)
+    Path("copy.jsonl").write_text(text)
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    Path("other.jsonl").write_text(text.upper())
+    trained = BaseConfig(data=DataConfig(name=str(tmp_path / "rows.jsonl"), eval_rows=5), seed=1)
+    save_config(trained, tmp_path / "run/config.yaml")
+    for name in ("rows.jsonl", "./rows.jsonl", "link.jsonl", "copy.jsonl", "run/../rows.jsonl"):
+        with refused("data.eval_rows=9 (training: 5)"):
+            check_training(BaseConfig(data=DataConfig(name=name, eval_rows=9), seed=1), Path("run/model"))
+        assert check_training(BaseConfig(data=DataConfig(name=name, eval_rows=5), seed=1), Path("run/model")) == []
+        rows = [list(part["text"]) for part in load_rows(DataConfig(name=name, eval_rows=5), 1)]
+        assert rows == [list(part["text"]) for part in load_rows(trained.data, 1)]
+    other = BaseConfig(data=DataConfig(name="other.jsonl", eval_rows=9), seed=1)
+    assert len(check_training(other, Path("run/model"))) == 1
+
+
 def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run/model").mkdir(parents=True)
@@ -318,6 +355,11 @@ def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monke
     cfg.data.name = "other.jsonl"
     assert check_training(cfg, model) == ["the model was trained on pydoc, not on other.jsonl"]
     cfg.data.name = "pydoc"
+    cfg.data.format, cfg.data.date = "messages", "2025-01-01"
+    assert check_training(cfg, model) == [
+        "the model was trained with data.date=2024-07-26, and this is data.date=2025-01-01"
+    ]
+    cfg.data.format, cfg.data.date = "text", "2024-07-26"
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
     for status in ("interrupted", ""):  # none, where it was killed
         if status:

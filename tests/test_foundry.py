@@ -108,13 +108,15 @@ def test_two_machines_that_share_their_disk_train_as_one(undisturbed, base, tmp_
 
 @pytest.mark.slow
 def test_one_process_trains_as_ddp_does(tmp_path):
+    """In a folder that `datasets` would take for a pattern, with tokens across the border of prompt and response."""
     base = write_model("tiny:llama", tmp_path / "base")
     settings = [*SMOKE, "train.max_steps=20", "train.learning_rate=1e-3", "train.lr_schedule=constant"]
+    settings += ["data.prompt_template={prompt} "]
     settings += ["train.warmup_steps=0", f"model.name={base}", "train.activation_checkpointing=true"]
-    run(PROJECT, *settings, f"output_dir={tmp_path}/foundry", processes=1)
+    run(PROJECT, *settings, f"output_dir={tmp_path}/foundry[1]", processes=1)
     run("pytorch-ddp", *settings, f"output_dir={tmp_path}/ddp", processes=1)
-    assert len(losses(tmp_path / "foundry")) == 20
-    assert_close(losses(tmp_path / "foundry"), losses(tmp_path / "ddp"), 1e-4)
+    assert len(losses(tmp_path / "foundry[1]")) == 20
+    assert_close(losses(tmp_path / "foundry[1]"), losses(tmp_path / "ddp"), 1e-4)
 
 
 @pytest.mark.slow
@@ -289,18 +291,37 @@ def test_the_file_has_the_rows_of_each_step_in_order(tmp_path):
     assert len(held_out) == prepared.eval_rows == 200 and not {line["prompt"] for line in lines} & set(held_out)
 
 
-def test_rows_that_foundry_would_drop_are_left_out_before(tmp_path):
-    rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(60)]
+def test_foundry_gets_the_rows_and_tokens_of_the_other_projects(tmp_path):
+    """Tokens across the border of prompt and response, the template's EOS, an empty response, and what is left out."""
+    rows = [{"prompt": f"question {i}: ", "response": f"answer {i}"} for i in range(60)]
     rows += [{"prompt": "nothing follows", "response": ""}, {"prompt": "long " * 500, "response": "no room"}]
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "rows[1].jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows1.jsonl").write_text(json.dumps({"prompt": "another", "response": "file"}) + "\n")
+    settings = [f"data.name={file}", "data.eval_rows=5", "train.global_batch_size=1"]
     with project_modules(PROJECT, "settings", "prepare_data") as modules:
-        settings = [f"data.name={file}", "data.eval_rows=5", "train.global_batch_size=1", "train.max_steps=57"]
-        cfg = load_config(modules["settings"].Config, REPOSITORY / PROJECT / "smoke.yaml", settings)
-        prepared = modules["prepare_data"].prepare(cfg, models.load_tokenizer(cfg.model), tmp_path, world_size=1)
-    lines = (prepared.train_file.read_text() + prepared.eval_file.read_text()).splitlines()
-    assert prepared.rows + prepared.eval_rows == len(lines) >= 57
-    assert all(json.loads(line)["response"].startswith("answer") for line in lines)
+        read_line, tokens_of_line = modules["prepare_data"].read_line, modules["prepare_data"].tokens_of_line
+        for template in ("{prompt}", "{prompt}<|endoftext|>"):
+            more = [f'data.prompt_template="{template}"']
+            cfg = load_config(modules["settings"].Config, REPOSITORY / PROJECT / "smoke.yaml", settings + more)
+            tokenizer = models.load_tokenizer(cfg.model)
+            prepared = modules["prepare_data"].prepare(cfg, tokenizer, tmp_path, world_size=1)
+            training, held_out = data.tokenized_rows(cfg.data, cfg.seed, tokenizer)
+            assert prepared.counts == training.counts
+            dropped = [part["dropped"] for part in prepared.counts.values()]
+            assert {"its prompt is longer than data.max_length=128": 1} in dropped and {} in dropped
+            order = [i for step in data.StepSampler(training, cfg, 0, 1) for i in step]
+            assert prepared.rows == len(order) == prepared.total_steps
+            for path, tokens in (
+                (prepared.train_file, [training[i] for i in order]),
+                (prepared.eval_file, [*held_out]),
+            ):
+                lines = path.read_text().splitlines()
+                assert len(lines) == len(tokens)
+                for line, row in zip(lines, tokens, strict=True):
+                    (turn,) = tokens_of_line(read_line({"text": line}), tokenizer)["turns"]
+                    assert turn["input_ids"] + turn["labels"] == row["input_ids"].tolist()
+                    assert turn["labels"] == row["labels"][row["labels"] != data.IGNORE].tolist()
 
 
 # Started in LLM Foundry's environment: each mistake in turn, since importing it takes ten seconds.
