@@ -20,10 +20,10 @@ def run(main: Callable[[], int | None]) -> None:
     Under a launcher every rank meets the same mistake, or meets its echo when rank 0 has left. Rank 0 speaks at once;
     another rank waits until the launcher has ended it, and speaks only if nobody did: then the error is its own.
     """
-    rank = int(os.environ.get("RANK", "0"))
     try:
         sys.exit(main() or 0)
     except UserError as error:
+        rank = _rank()
         if rank and _launcher_has_spoken():
             os._exit(2)  # it is ending this rank because another one met the mistake first
         _wait_for_the_launcher(rank)
@@ -38,8 +38,13 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if isinstance(error, RuntimeError) and _launcher_has_spoken():
             os._exit(1)  # a collective broke off because another rank has left, and that rank has said why
-        _wait_for_the_launcher(rank)
+        _wait_for_the_launcher(_rank())
         raise
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # anything else is what common/launched.py complains about
 
 
 def _wait_for_the_launcher(rank: int) -> None:

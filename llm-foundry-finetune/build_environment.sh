@@ -2,7 +2,7 @@
 # Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts build
 # it once: the others wait. The stamp `ready` is written last, so that a build that was broken off is taken up again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
 is_ready() { [[ $environment/ready -nt $requirements && $environment/ready -nt llm-foundry-finetune/build_environment.sh ]]; }
 if is_ready; then exit 0; fi
