@@ -18,6 +18,7 @@ from common import pydoc_data
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
+from common.local_model import check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -47,6 +48,7 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
+    check_model_folder(model.name, with_weights=not model.random_weights)
     try:
         tokenizer = _read_tokenizer(model)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
