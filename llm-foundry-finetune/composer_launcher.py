@@ -14,7 +14,6 @@ import sys
 from datetime import timedelta
 
 import psutil
-from composer.cli import launcher
 
 from common import errors, launched
 
@@ -46,6 +45,8 @@ def main() -> None:
             process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     launched.forget()
+    from composer.cli import launcher  # Composer reads the variables of a launch as it is imported
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
             signal.signal(number, stop)
