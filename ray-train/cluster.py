@@ -57,7 +57,6 @@ def ray_cluster() -> Iterator[dict[str, float]]:
             with without_hangup():
                 ray.init(
                     address="local",
-                    _node_ip_address="127.0.0.1",  # one machine needs no network, and no name
                     # As for Ray's client: the current folder is then not put first on the workers' path, where a
                     # `train.py` of the user's would be taken for ours.
                     job_config=JobConfig(runtime_env=worker_environment(), _client_job=True),
