@@ -229,7 +229,7 @@ def test_one_machine_needs_no_name(tmp_path):
     )
     start = ["bash", "-c", 'hostname no-such-host-xyz && exec "$@"', "", *LAUNCHERS["torchrun"], str(script)]
     done = subprocess.run(
-        [*alone, *start], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240
+        [*alone, *start], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500
     )
     assert done.stdout.splitlines() == ["2 127.0.0.1 lo"] * 2, done
 
@@ -272,7 +272,7 @@ def test_launch_works_from_any_folder_by_any_name(hostile_folder, tmp_path, proj
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 2, done.stdout
     assert "train.max_step; did you mean train.max_steps?" in error_line(done.stdout)
@@ -306,7 +306,7 @@ def test_ray_s_workers_start_from_a_path_with_a_space_and_import_nothing_of_the_
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
         [python, tmp_path / "driver.py", *paths],
-        cwd=hostile_folder, env=variables, capture_output=True, text=True, timeout=240,
+        cwd=hostile_folder, env=variables, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     expected = [str(REPOSITORY / "ray-train"), str(REPOSITORY / "common"), str(hostile_folder), python]
     assert done.stdout.splitlines() == expected, done
@@ -513,7 +513,7 @@ def test_eval_starts_in_any_environment_in_which_launch_does(hostile_folder, tmp
     variables.pop("PYTHONPATH")
     done = subprocess.run(
         [bare, "-S", REPOSITORY / project / "eval.py", "--config", "smoke.yaml", f"output_dir={tmp_path}/none"],
-        cwd=hostile_folder, env=variables, capture_output=True, text=True, timeout=240,
+        cwd=hostile_folder, env=variables, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 2, done
     assert error_line(done.stderr) == (
