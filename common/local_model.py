@@ -1,4 +1,4 @@
-"""What is wrong with a local model folder, in one line: it is looked at before any library tries to load it."""
+"""What is wrong with a local model folder that a library could not load, in one line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def _no_config(where: str, folder: Path) -> str:
             f"{where} is a LoRA adapter, not a model: merge it into {base} (PEFT's merge_and_unload, then "
             f"save_pretrained), or set model.name={base}"
         )
-    hub = "; it hides the model of that name on the Hub: rename the folder, or start elsewhere" if "/" in where else ""
+    is_hub_id = not folder.is_absolute() and len(folder.parts) == 2
+    hub = "; it hides the model of that name on the Hub: rename the folder, or start elsewhere" if is_hub_id else ""
     return f"{where}: the folder {folder.resolve()} has no config.json, so it holds no model{hub}"
 
 
