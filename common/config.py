@@ -19,6 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common import launched
 from common.errors import UserError
 from common.files import write_whole
 
@@ -110,6 +111,7 @@ class RuntimeConfig:
     gpu_memory_limit_gib: float = key(0.0, "let each process use at most this much GPU memory; 0: all of it", minimum=0)
     max_hours: float = key(0.0, "save and stop cleanly after this many hours; 0: no limit", minimum=0)
     timeout_minutes: float = key(10.0, "end the run when a rank has not answered for so long", minimum=0.1)
+    allow_cpu: bool = key(True, "train on a CPU if there is no GPU; false: refuse, unless the model is a tiny: one")
 
 
 @dataclass
@@ -132,9 +134,11 @@ C = TypeVar("C", bound=BaseConfig)
 def parse_config(config_class: type[C], script: str, argv: list[str] | None = None) -> C:
     """The configuration for `script`, from `[--config FILE] [key=value …]` (`sys.argv` when `argv` is None).
 
-    FILE is a path, or the name of a file beside the script; `config.yaml` is the default.
+    FILE is a path, or the name of a file next to the script; the default is the `config.yaml` next to the script,
+    whatever the current folder holds. Also settles what a launcher has set in the environment (`launched.settle`).
     Raises `UserError` for a missing or broken file, an unknown key, a wrong type, a bad value, a contradiction.
     """
+    launched.settle()
     folder = Path(script).resolve().parent
     parser = argparse.ArgumentParser(
         prog=f"{folder.name}/{Path(script).name}",
@@ -143,7 +147,8 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
         epilog="keys:\n" + describe_keys(config_class),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name beside the script")
+    file_help = "YAML file: a path, or a name next to the script (default: config.yaml there)"
+    parser.add_argument("--config", default=str(folder / "config.yaml"), metavar="FILE", help=file_help)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments, unknown = parser.parse_known_intermixed_args(argv)  # --config may stand between the settings
     for flag in unknown:
@@ -152,7 +157,7 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
     path = next((p for p in (Path(arguments.config), folder / arguments.config) if p.is_file()), None)
     if path is None:
         beside = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
-        raise UserError(f"--config {arguments.config}: no such file (beside the script there are: {beside})")
+        raise UserError(f"--config {arguments.config}: no such file (next to the script there are: {beside})")
     config = load_config(config_class, path, arguments.overrides)
     paths = ((config, "output_dir"), (config.model, "name"), (config.data, "name"), (config.eval, "model"))
     for section, name in (*paths, (config.checkpoint, "resume")):

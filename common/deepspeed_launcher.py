@@ -18,7 +18,7 @@ import time
 
 import psutil
 
-from common import errors
+from common import errors, launched
 from common.errors import UserError
 
 PATIENCE_SECONDS = 300
@@ -27,6 +27,7 @@ PATIENCE_SECONDS = 300
 def launcher_options(processes: int) -> list[str]:
     """So many processes here, or on each of NNODES machines, each of which starts its own: no ssh is needed."""
     nodes = os.environ.get("NNODES")
+    nodes = None if nodes == "1" else nodes  # one machine needs no address
     if nodes and not (nodes.isdecimal() and int(nodes)):
         raise UserError(f"NNODES={nodes}: set it to the number of machines, such as 2")
     if nodes and (missing := [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in os.environ]):
@@ -87,7 +88,8 @@ def run(command: list[str]) -> int:
             process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            signal.signal(number, stop)
     while launcher.poll() is None:
         try:
             launcher.wait(timeout=1)
@@ -116,7 +118,9 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(processes))))
     # Ranks tell by themselves why they fail, in one line. --no_local_rank: it stands in the environment.
     options = [*launcher_options(int(processes)), "--no_local_rank", "--log_level=critical"]
-    return run([sys.executable, "-m", "deepspeed.launcher.launch", *options, *script])
+    launched.forget()
+    # -P: the current folder may have one called deepspeed.
+    return run([sys.executable, "-P", "-m", "deepspeed.launcher.launch", *options, *script])
 
 
 if __name__ == "__main__":

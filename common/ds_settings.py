@@ -69,7 +69,8 @@ def read_ds_config(
     `stage` is ZeRO's that it must have, and `why` the rest of the sentence that says so. Raises `UserError` for a
     missing or broken file, a key that the YAML owns or that is not known, a wrong type or value, another stage.
     """
-    path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+    # The folder first: the default must not be another program's file of that name in the current folder.
+    path = next((p for p in (folder / name, Path(name).expanduser()) if p.is_file()), None)
     if path is None:
         raise UserError(f"{key}={name}: no such file, neither as a path nor in {folder.name}/")
     try:

@@ -1,8 +1,13 @@
-# Sourced by every launch.sh: puts the Python environment on the PATH. An active virtual environment is used; else the
-# repository's .venv; else the system's Python where it has what is needed (Kaggle); else .venv is built. A project that
-# needs more packages than all do names them in `also_needed`; one whose framework pins other versions has
-# an environment of its own, whatever is active: `own_environment`, built by the script `build_own_environment`.
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Sourced by every launch.sh, which has set `folder`: puts the Python environment on the PATH. An active virtual
+# environment is used; else the repository's .venv; else the system's Python if it has what is needed (Kaggle); else
+# .venv is built. A project that needs more packages than all do names them in `also_needed`; one whose framework pins
+# other versions has an environment of its own, whatever is active: `own_environment`, built by the script
+# `build_own_environment`.
+repository=$(dirname "$folder")
+# What lies in the current folder is data: no module is imported from there, whatever its files are called. Python puts
+# that folder first for `-m`, `-c` and `-`, by which launchers and libraries start processes; the project's own folder
+# is then no longer put there either.
+export PYTHONSAFEPATH=1
 
 missing_packages() { # prints what `python` lacks; finds packages without importing them
     python - ${also_needed:-} <<'PYTHON' 2>/dev/null || echo python
@@ -27,6 +32,7 @@ elif [[ -n $missing ]]; then
         "deactivate it: the repository's own .venv is then built and used" >&2
     exit 2
 fi
-export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH} # `common`, also where the package is not installed
+# The project's own modules, and `common`, also where the package is not installed.
+export PYTHONPATH=$folder:$repository${PYTHONPATH:+:$PYTHONPATH}
 # When one process ends with an error, the C++ parts of the others print stack traces over its error line.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

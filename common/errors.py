@@ -59,10 +59,10 @@ def run(main: Callable[[], int | None]) -> None:
     another rank waits until the launcher has ended it, and speaks only if nobody did: then the error is its own.
     """
     protect_output()
-    rank = int(os.environ.get("RANK", "0"))
     try:
         sys.exit(_main(main) or 0)
     except UserError as error:
+        rank = _rank()
         if rank and _launcher_has_spoken():
             os._exit(2)  # it is ending this rank because another one met the mistake first
         _wait_for_the_launcher(rank)
@@ -77,7 +77,7 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if isinstance(error, RuntimeError) and _launcher_has_spoken():
             os._exit(1)  # a collective broke off because another rank has left, and that rank has said why
-        _wait_for_the_launcher(rank)
+        _wait_for_the_launcher(_rank())
         raise
 
 
@@ -88,6 +88,11 @@ def _main(main: Callable[[], int | None]) -> int | None:
         if full := full_disk(error):
             raise full from None
         raise
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0  # anything else is what common/launched.py complains about
 
 
 def _wait_for_the_launcher(rank: int) -> None:

@@ -5,6 +5,7 @@ Tokens come from the environment or from Kaggle's secrets, and are never printed
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import shlex
 import sys
@@ -118,6 +119,12 @@ def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
         key, page, local = "data", f"{constants.ENDPOINT}/datasets/{name}", "data.name may also be a local file"
     where = f"{key}.name={name}"
 
+    denied = next((e for e in chain if isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES)), None)
+    if denied and denied.filename:
+        return UserError(
+            f"{where}: {denied.filename} cannot be written or read ({denied.strerror}): downloads are cached below "
+            f"HF_HOME, set it to a folder of yours"
+        )
     if any(isinstance(e, GatedRepoError) for e in chain) or "is a gated dataset" in text:
         if token():
             return UserError(f"{where} is gated, and your token's account has no access yet: ask for it at {page}")

@@ -19,6 +19,7 @@ from common import pydoc_data, smollm2
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
+from common.local_model import check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -57,6 +58,7 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     try:
         tokenizer = _read_tokenizer(model)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
+        check_model_folder(model.name, with_weights=False)
         raise explain_hub_error(error, "model", model.name) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name={model.name}: its tokenizer has no end-of-sequence token, which training needs")
@@ -101,6 +103,7 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
         try:
             config = AutoConfig.from_pretrained(model.name, revision=model.revision, token=token())
         except Exception as error:
+            check_model_folder(model.name, with_weights=False)
             raise explain_hub_error(error, "model", model.name) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.name={model.name}: a {config.model_type} model is no causal language model")
@@ -157,6 +160,7 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
                 **{DTYPE_KEY: dtype},
             )
         except Exception as error:
+            check_model_folder(model.name)
             raise explain_hub_error(error, "model", model.name) from error
     if built.generation_config is not None and built.generation_config.pad_token_id is None:
         built.generation_config.pad_token_id = built.generation_config.eos_token_id

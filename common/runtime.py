@@ -66,6 +66,16 @@ def launcher_pid() -> int:
     return os.getppid() if launched else os.getpid()
 
 
+def check_device(cfg: BaseConfig, device: torch.device) -> None:
+    """Raise `UserError` for a GPU as `check_gpu` does, and for a CPU that `runtime.allow_cpu=false` rules out."""
+    if device.type == "cpu" and not cfg.runtime.allow_cpu and not cfg.model.name.startswith("tiny:"):
+        raise UserError(
+            f"no GPU found, and model.name={cfg.model.name} would train for days on a CPU: --config smoke.yaml is the "
+            f"run for a CPU; to start this one all the same, set runtime.allow_cpu=true"
+        )
+    check_gpu(device)
+
+
 def check_gpu(device: torch.device) -> None:
     """Raise `UserError` for a GPU that the installed torch has no code for (a P100 under current builds, say)."""
     if device.type != "cuda":
@@ -161,7 +171,7 @@ def set_rng_state(state: dict) -> None:
 
 
 class StopRequest:
-    """Notices that the run should stop: SIGTERM, Ctrl-C, or `runtime.max_hours` from now on.
+    """Notices that the run should stop: SIGTERM, Ctrl-C, a lost terminal, or `runtime.max_hours` from now on.
 
     `reason` is None until then. A second Ctrl-C stops at once.
     """
@@ -172,6 +182,8 @@ class StopRequest:
         self.signal_name = ""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     @property
     def reason(self) -> str | None:

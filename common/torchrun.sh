@@ -3,7 +3,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 
 torchrun_script() { # SCRIPT [arguments]: start it in `processes` processes here, and on NNODES machines if that is set
     local rendezvous
-    if [[ -n ${NNODES:-} ]]; then
+    if [[ ${NNODES:-1} != 1 ]]; then
         rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine, 1 on the next ...}"
             --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine\'s address}" --master_port "${MASTER_PORT:-29500}")
     else

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import CPUAdamBuilder
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils.cpp_extension import TORCH_LIB_PATH, get_default_build_root
 
 from common.errors import UserError
 
@@ -24,9 +26,11 @@ def build_cpu_adam() -> None:
     On each machine the first rank compiles and the others wait: two compilers at work on one folder break it.
     Raises `UserError` where the compiler or ninja is missing or fails.
     """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
         find_tools()
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if first:
+            remove_stale_locks()
     if first:
         _load(compiled_before())
     dist.barrier()
@@ -35,7 +39,16 @@ def build_cpu_adam() -> None:
 
 
 def find_tools() -> None:
-    """Raise `UserError` if ninja or a C++ compiler is missing; put the ninja of the Python package on the PATH."""
+    """Put the ninja of the Python package on the PATH, if there is no other.
+
+    Raises `UserError` if ninja or a C++ compiler is missing, and for a path that torch hands to the linker unquoted.
+    """
+    if shlex.quote(TORCH_LIB_PATH) != TORCH_LIB_PATH:
+        odd = "a space" if " " in TORCH_LIB_PATH else "a character that a shell takes for its own"
+        raise UserError(
+            f"DeepSpeed's cpu_adam cannot be linked: the path of PyTorch's libraries has {odd} in it: "
+            f"{TORCH_LIB_PATH}: make the environment elsewhere, {INSTEAD}"
+        )
     if not shutil.which("ninja"):
         try:
             import ninja
@@ -53,8 +66,28 @@ def find_tools() -> None:
 
 
 def compiled_before() -> bool:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return any(Path(root).rglob(f"{CPUAdamBuilder.NAME}.so"))
+    return any(_build_root().rglob(f"{CPUAdamBuilder.NAME}.so"))
+
+
+def remove_stale_locks() -> None:
+    """Remove the lock of a compilation that was killed: torch would wait for it forever, without a word.
+
+    Its owner keeps it open. Over several machines, which may share the folder, the owner may be on another one.
+    """
+    locks = {str(path.resolve()) for path in _build_root().rglob(f"{CPUAdamBuilder.NAME}/lock")}
+    if not locks or os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    for process in psutil.process_iter():
+        try:
+            locks -= {file.path for file in process.open_files()}
+        except psutil.Error:  # it has ended, or is another user's
+            continue
+    for lock in locks:
+        Path(lock).unlink(missing_ok=True)
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def _load(quiet: bool) -> None:

@@ -10,11 +10,22 @@ Train first; then, with the same `--config` and settings as the training (or tho
 Writes eval.json, samples.md and plots/eval.png into the run folder.
 """
 
-from train import PROJECT, Config
+import sys
+from pathlib import Path
 
-from common.config import parse_config
-from common.errors import run
-from common.evaluation import compare
+# The project's modules and `common`: where this package is not installed, or Python is told to leave the folder out.
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+try:
+    from train import PROJECT, Config
+
+    from common.config import parse_config
+    from common.errors import run
+    from common.evaluation import compare
+except ModuleNotFoundError as error:  # another Python than launch.sh's
+    from common.environment import start_again
+
+    start_again(error)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@
 #   NPROC_PER_NODE=4 deepspeed-pipeline/launch.sh pipeline.stages=2               # two pipelines of two stages
 #   GPU_SHARES=2 deepspeed-pipeline/launch.sh ...                                 # two stages on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 deepspeed-pipeline/launch.sh ...     # on each of two machines
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
-folder=$(cd "$(dirname "$0")" && pwd)
+folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 source "$folder/../common/deepspeed.sh"
 deepspeed_script "$folder/train.py" "$@"

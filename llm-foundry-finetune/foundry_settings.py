@@ -50,8 +50,9 @@ def read_settings(cfg: Config) -> DictConfig:
 
     Raises `UserError` for a missing or broken file, a key that LLM Foundry does not know, and a missing callback.
     """
+    # Next to train.py first: the default must not be another program's file of that name in the current folder.
     beside = Path(__file__).resolve().parent / cfg.foundry.file
-    path = next((p for p in (Path(cfg.foundry.file), beside) if p.is_file()), None)
+    path = next((p for p in (beside, Path(cfg.foundry.file)) if p.is_file()), None)
     if path is None:
         raise UserError(f"foundry.file={cfg.foundry.file}: no such file")
     try:

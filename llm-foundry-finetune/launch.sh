@@ -6,13 +6,14 @@
 #   NPROC_PER_NODE=1 llm-foundry-finetune/launch.sh ...                                  # another number of processes
 #   GPU_SHARES=2 llm-foundry-finetune/launch.sh ...                                      # two processes on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 llm-foundry-finetune/launch.sh ...         # on each of two machines
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
-folder=$(cd "$(dirname "$0")" && pwd)
+folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 own_environment=.venv-foundry # LLM Foundry pins older versions of what the other projects use
 build_own_environment=$folder/build_environment.sh
 source "$folder/../common/processes.sh"
 rendezvous=()
-if [[ -n ${NNODES:-} ]]; then
+if [[ ${NNODES:-1} != 1 ]]; then
     rendezvous=(--world_size $((NNODES * processes)) --master_port "${MASTER_PORT:-29500}"
         --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine, 1 on the next ...}"
         --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine\'s address}")

@@ -56,7 +56,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     if not gpus and cfg.ddp.gradient_compression == "bf16":
         raise UserError("ddp.gradient_compression=bf16 needs NCCL, that is GPUs: on a CPU set it to fp16 or none")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
-    runtime.check_gpu(device)
+    runtime.check_device(cfg, device)
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)

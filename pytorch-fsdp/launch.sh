@@ -5,7 +5,8 @@
 #   NPROC_PER_NODE=1 pytorch-fsdp/launch.sh ...                                   # another number of processes
 #   GPU_SHARES=2 pytorch-fsdp/launch.sh ...                                       # two processes on one GPU
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 pytorch-fsdp/launch.sh ...          # on each of two machines
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
-folder=$(cd "$(dirname "$0")" && pwd)
+folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 source "$folder/../common/torchrun.sh"
 torchrun_script "$folder/train.py" "$@"

@@ -59,7 +59,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     gpus = torch.cuda.device_count()
     runtime.check_process_count()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
-    runtime.check_gpu(device)
+    runtime.check_device(cfg, device)
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)

@@ -17,10 +17,11 @@ from pathlib import Path
 import psutil
 import ray
 import torch
+from ray.job_config import JobConfig
 
 from common.config import REPOSITORY
 from common.errors import UserError
-from common.ray_address import check_address, joined, not_joined
+from common.ray_address import check_address, joined, not_joined, without_hangup, worker_environment
 
 OBJECT_STORE_BYTES = 100 * 2**20  # Ray's default is 30% of the memory; tensors never pass through Ray here
 SETTINGS = {
@@ -53,16 +54,20 @@ def ray_cluster() -> Iterator[dict[str, float]]:
             # at most 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            ray.init(
-                address="local",
-                num_cpus=max(2, cores),  # two workers run on one core as well
-                num_gpus=torch.cuda.device_count(),
-                object_store_memory=OBJECT_STORE_BYTES,
-                # With the dashboard: Ray Train asks it for the state of the workers, and would wait half a minute for
-                # none.
-                _temp_dir=str(folder),
-                **options,
-            )
+            with without_hangup():
+                ray.init(
+                    address="local",
+                    # As for Ray's client: the current folder is then not put first on the workers' path, where a
+                    # `train.py` of the user's would be taken for ours.
+                    job_config=JobConfig(runtime_env=worker_environment(), _client_job=True),
+                    num_cpus=max(2, cores),  # two workers run on one core as well
+                    num_gpus=torch.cuda.device_count(),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    # With the dashboard: Ray Train asks it for the state of the workers, and would wait half a minute
+                    # for none.
+                    _temp_dir=str(folder),
+                    **options,
+                )
         for number, handler in handlers.items():
             signal.signal(number, handler)
         yield ray.cluster_resources()
@@ -84,7 +89,9 @@ def _join(address: str, options: dict) -> None:
         # The workers on other machines get this checkout's code, whatever is installed there.
         folder = Path(__file__).parent
         modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
-        ray.init(address=address, runtime_env={"py_modules": modules}, **options)
+        # Ray puts the current folder first on the workers' path: a `train.py` there would be taken for ours.
+        with contextlib.chdir(folder):
+            ray.init(address=address, runtime_env={"py_modules": modules}, **options)
     except Exception as error:  # whatever Ray's client makes of a port that something else listens at
         raise not_joined(address, error) from None
 

@@ -4,8 +4,9 @@
 #   ray-train/launch.sh [--config FILE] [key=value ...]                    # Ray is started, and stopped at the end
 #   RAY_ADDRESS=10.0.0.1:6379 ray-train/launch.sh ...                      # in a cluster started with `ray start`
 #   NPROC_PER_NODE=1 ray-train/launch.sh ...                               # another number of workers: as ray.workers=1
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
-folder=$(cd "$(dirname "$0")" && pwd)
+folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 also_needed="ray deepspeed"
 source "$folder/../common/environment.sh"
 if ! command -v nvidia-smi >/dev/null; then export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU

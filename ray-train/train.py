@@ -64,7 +64,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     """Ray has joined the process group already; return rank, world size and device."""
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
-    runtime.check_gpu(device)
+    runtime.check_device(cfg, device)
     if gpus:
         runtime.limit_gpu_memory(cfg.runtime, device)
     else:  # gloo does what DeepSpeed would first compile a shared-memory operator for

@@ -17,10 +17,12 @@ from pathlib import Path
 import psutil
 import ray
 import torch
+from ray.job_config import JobConfig
 
 from common.config import REPOSITORY, BaseConfig
 from common.errors import UserError
-from common.ray_address import check_address, joined, not_joined
+from common.ray_address import check_address, joined, not_joined, without_hangup, worker_environment
+from common.runtime import check_device
 
 SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # trials stay where paths such as model.name=my-model were meant
@@ -60,15 +62,19 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
             # at most 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
             note.write_text(str(folder), encoding="utf-8")
-            ray.init(
-                address="local",
-                num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
-                num_gpus=torch.cuda.device_count(),
-                include_dashboard=False,  # Tune, unlike Ray Train, asks nothing of it
-                # The object store has Ray's own size, unlike ray-train's: the tokenized rows lie in it.
-                _temp_dir=str(folder),
-                **options,
-            )
+            with without_hangup():
+                ray.init(
+                    address="local",
+                    # As for Ray's client: the current folder is then not put first on the workers' path, where a
+                    # `train.py` of the user's would be taken for ours.
+                    job_config=JobConfig(runtime_env=worker_environment(), _client_job=True),
+                    num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
+                    num_gpus=torch.cuda.device_count(),
+                    include_dashboard=False,  # Tune, unlike Ray Train, asks nothing of it
+                    # The object store has Ray's own size, unlike ray-train's: the tokenized rows lie in it.
+                    _temp_dir=str(folder),
+                    **options,
+                )
         for number, handler in handlers.items():
             signal.signal(number, handler)
         # No more trials than can run wait at Ray's door: of those, it takes any.
@@ -93,7 +99,9 @@ def _join(address: str, options: dict) -> None:
         # The workers on other machines get this checkout's code, whatever is installed there.
         folder = Path(__file__).parent
         modules = [str(path) for path in (REPOSITORY / "common", *sorted(folder.glob("*.py")))]
-        ray.init(address=address, runtime_env={"py_modules": modules}, **options)
+        # Ray puts the current folder first on the workers' path: a `train.py` there would be taken for ours.
+        with contextlib.chdir(folder):
+            ray.init(address=address, runtime_env={"py_modules": modules}, **options)
     except Exception as error:  # whatever Ray's client makes of a port that something else listens at
         raise not_joined(address, error) from None
 
@@ -129,6 +137,7 @@ def check(cfg: BaseConfig) -> None:
         return check_address(joined())
     slots, _ = place(cfg, this_machine())
     if not torch.cuda.device_count():
+        check_device(cfg, torch.device("cpu"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
         torch.set_num_threads(int(threads))

@@ -3,8 +3,9 @@
 #
 #   ray-tune/launch.sh [--config FILE] [key=value ...]
 #   RAY_ADDRESS=10.0.0.1:6379 ray-tune/launch.sh ...          # on a Ray cluster that is there already
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
-folder=$(cd "$(dirname "$0")" && pwd)
+folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 also_needed="ray optuna"
 source "$folder/../common/environment.sh"
 exec python "$folder/train.py" "$@"

@@ -71,7 +71,7 @@ class Config(BaseConfig):
 def setup_device(cfg: Config) -> torch.device:
     """The GPU that Ray gave this trial (the only one that it sees), or the CPU."""
     device = torch.device("cuda", 0) if torch.cuda.device_count() else torch.device("cpu")
-    runtime.check_gpu(device)
+    runtime.check_device(cfg, device)
     runtime.limit_gpu_memory(cfg.runtime, device)
     return device
 

@@ -121,7 +121,8 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     processes = PROCESSES.get(project, 2)
     variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": str(processes)}
     run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
-    settings = [f"train.max_steps={steps}", "hub.push_checkpoints=true", *TRIALS.get(project, [])]
+    settings = [f"train.max_steps={steps}", "hub.push_checkpoints=true", "runtime.allow_cpu=true"]
+    settings += TRIALS.get(project, [])
     edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
     trained = execute(folder / "train.ipynb", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], folder, **variables)
     summary = json.loads((run / "summary.json").read_text())
