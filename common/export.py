@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, modeling_utils
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from common import models
@@ -218,11 +218,14 @@ def write_weights(
 def _save_part(shape: PreTrainedModel, tensors: dict[str, Tensor], folder: Path, number: int) -> Path:
     place = folder / f"part-{number}"
     generation, shape.generation_config = shape.generation_config, GenerationConfig()  # the base's may not be valid
+    # transformers lets accelerate unwrap the model, which `shape` does not need. It would import DeepSpeed, if that is
+    # installed, which takes seconds and warns about a missing GPU.
+    unwrap, modeling_utils.unwrap_model = modeling_utils.unwrap_model, lambda model, **options: model
     try:
         with _quiet():
             shape.save_pretrained(place, state_dict=tensors, max_shard_size="100TB")
     finally:
-        shape.generation_config = generation
+        shape.generation_config, modeling_utils.unwrap_model = generation, unwrap
     path = folder / f"{number}.safetensors"
     (place / SAFE_WEIGHTS_NAME).rename(path)
     shutil.rmtree(place)

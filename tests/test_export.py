@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -191,6 +193,17 @@ def test_what_training_does_not_change_is_kept_byte_for_byte(kind, tmp_path):
     assert after.pop("README.md") == b"card"
     assert set(after) == {"model.safetensors"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_an_export_imports_no_training_framework(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from common.config import ModelConfig\n"
+        "from common.export import Export; from common.models import load_model; base = ModelConfig('tiny:qwen2')\n"
+        "Export(base, Path(sys.argv[1])).write(load_model(base), '', lambda tensor: tensor.detach())\n"
+        "assert not {'deepspeed', 'ray', 'composer'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr + done.stdout, done.stderr
 
 
 def test_an_export_that_does_not_read_back_leaves_the_earlier_one(tmp_path, monkeypatch):
