@@ -28,7 +28,7 @@ import train  # noqa: E402
 
 from common import models, runtime  # noqa: E402
 from common.checkpoints import Checkpoints  # noqa: E402
-from common.export import write_model  # noqa: E402
+from common.export import Export, gather_all  # noqa: E402
 from common.metrics import HostMemory  # noqa: E402
 
 
@@ -103,7 +103,10 @@ def main() -> None:
     with Phase("asynchronous, the rest"):
         future.result()
     with Phase("export"):
-        write_model(model.model, scratch / "model", rank == 0, train.DTensor.full_tensor)
+        if rank == 0:
+            Export(cfg.model, scratch / "model").write(model.model, "", train.DTensor.full_tensor)
+        else:
+            gather_all(model.model, train.DTensor.full_tensor)
     dist.barrier()
     if rank == 0:
         shutil.rmtree(scratch)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from common.errors import UserError
+from common.small_model import small_copies, transformers_class
 
 IGNORE = -100  # the label of a token that is no target, as in PyTorch and transformers
 CHUNK_LOGITS = 2**29  # logits a chunk holds at most: 1 GiB in bf16
@@ -36,19 +38,20 @@ SMALLEST_CHUNK = 256
 class CausalLMLoss(nn.Module):
     """A Hugging Face causal language model whose forward returns the summed loss.
 
-    A wrapper such as DDP must see every parameter used inside `forward`: the output head's included.
+    It is the loss that the model itself would return: `check_loss` has compared the two. A wrapper such as DDP must see
+    every parameter used inside `forward`: the output head's included.
+
+    Raises `UserError` for a model whose loss cannot be computed as a sum over its tokens.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        head = model.get_output_embeddings()
-        scaled = [
-            n for n in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(model.config, n, None)
-        ]
-        if getattr(head, "bias", None) is not None or scaled:
-            raise UserError(
-                f"model.name: {type(model).__name__} changes its logits after the output matrix "
-                f"({', '.join(scaled) or 'a bias'}), which the chunked loss does not compute; choose another model"
+        self.losses = check_loss(model)
+        if self.losses is own_head_losses and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {_class_name(model)} changes its logits after the output matrix, so its own head computes the "
+                f"loss. All logits of a micro-batch exist at once: if memory runs out, lower train.micro_batch_size",
+                file=sys.stderr,
             )
         self.model = model
 
@@ -59,8 +62,102 @@ class CausalLMLoss(nn.Module):
         """
         # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
         # may use its fast causal kernels.
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return token_losses(hidden, self.model.get_output_embeddings().weight, labels, statistics)
+        return self.losses(self.model, input_ids, labels, statistics)
+
+
+def chunked_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+    """The loss from the last hidden states and the matrix of the output head: the full logits never exist."""
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return token_losses(hidden, model.get_output_embeddings().weight, labels, statistics)
+
+
+def own_head_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+    """The loss from the logits that the model computes, whatever it does to them. They are all there at once."""
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    shifted = labels[:, 1:].flatten()
+    is_target = (shifted != IGNORE).nonzero().squeeze(1)
+    logits, targets = logits[:, :-1].flatten(0, 1)[is_target].float(), shifted[is_target]
+    if statistics:
+        logits = logits.detach()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    if not statistics:
+        return loss
+    right = (logits.argmax(-1) == targets).sum()
+    return torch.stack([loss.double(), torch.full_like(loss, len(targets)).double(), right.double()])
+
+
+def check_loss(model: nn.Module) -> Callable[..., Tensor]:
+    """`chunked_losses` or `own_head_losses`: the first whose value and gradients are those of `model`'s own loss.
+
+    Families scale, cap, shift or transform their logits, each in its own way: so the losses are compared, on a batch of
+    a few tokens and a small copy of the model. Raises `UserError` if neither agrees, and if the model attends to later
+    tokens, which would make the loss of a padded batch another one.
+    """
+    problem: Exception = ValueError("it cannot be built from its configuration alone")
+    for small in small_copies(model):
+        try:
+            return _agreeing_losses(small)
+        except UserError:
+            raise
+        except Exception as error:  # a family that cannot be computed at this size
+            problem = error
+    raise UserError(
+        f"model.name: {_class_name(model)} cannot be trained here, its loss for token ids alone cannot be computed: "
+        f"{(str(problem) or type(problem).__name__).splitlines()[0]}; choose another model"
+    ) from problem
+
+
+def _agreeing_losses(small: nn.Module) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids, other_ids = torch.randint(1, small.config.get_text_config().vocab_size, (2, 2, 16), generator=generator)
+    labels = ids.clone()
+    labels[0, :5] = labels[1, -3:] = IGNORE  # a prompt and padding: rows with unequal numbers of targets
+    small.train()
+    own = small(input_ids=ids, labels=labels, use_cache=False).loss * count_targets(labels)
+    own_gradients = _gradients(own, small)
+    for losses in (chunked_losses, own_head_losses):
+        try:
+            loss = losses(small, ids, labels)
+            gradients = _gradients(loss, small)
+        except (AttributeError, TypeError):  # no head of its own, no `last_hidden_state`
+            if losses is own_head_losses:
+                raise
+            continue
+        if _near(loss, own, 1e-4) and all(map(_near, gradients, own_gradients)):
+            break
+    else:
+        count = count_targets(labels)
+        raise UserError(
+            f"model.name: {_class_name(small)} computes another loss than the cross-entropy of the next token "
+            f"({own / count:.4f} and {loss / count:.4f} for the same tokens), which is what is trained and compared "
+            f"here; choose another model, or switch off the term that its config.json adds"
+        )
+    labels[:, 8:] = IGNORE
+    other_ids[:, :8] = ids[:, :8]
+    if not _near(losses(small, ids, labels), losses(small, other_ids, labels), 1e-5):
+        raise UserError(
+            f"model.name: {_class_name(small)} predicts a token from those after it, as it is configured: it is no "
+            f"causal language model (is_decoder=true in its config.json?); choose another model"
+        )
+    return losses
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    """The gradients of the output head and of all parameters, as two vectors."""
+    head = model.get_output_embeddings()
+    head = [] if head is None else [p for p in head.parameters() if p.requires_grad]
+    every = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, head + every, allow_unused=True)
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(head + every, gradients, strict=True)]
+    return [torch.cat([g.flatten() for g in part]) for part in (whole[: len(head)] or whole, whole[len(head) :])]
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
+    return bool(a.isfinite().all() and (a - b).norm() <= tolerance * b.norm())
+
+
+def _class_name(model: nn.Module) -> str:
+    return transformers_class(model).__name__
 
 
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:

@@ -6,10 +6,15 @@ tokenizer is trained on the embedded data. It needs no network, and everything t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 import transformers
 from packaging.version import Version
@@ -25,6 +30,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+# Of files with weights, in any framework's format; and of what else may be large, and belongs to other weights.
+WEIGHT_ENDINGS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot",
+    ".npz", ".pkl", ".tflite", ".mlmodel", ".index.json",
+)  # fmt: skip
 TINY_VOCABULARY = 2048
 # The shapes keep what matters of the real models: tied embeddings, grouped key/value heads, positions of each kind.
 TINY_SHAPES: dict[str, dict[str, Any]] = {
@@ -56,10 +66,11 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
     try:
-        tokenizer = _read_tokenizer(model)
+        tokenizer = read_tokenizer(model)
     except Exception as error:  # whatever the Hub's client, the parser of a file or the disk raises
         check_model_folder(model.name, with_weights=False)
         raise explain_hub_error(error, "model", model.name) from error
+    _check_vocabulary(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name={model.name}: its tokenizer has no end-of-sequence token, which training needs")
     if tokenizer.pad_token_id is None:
@@ -67,7 +78,8 @@ def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def _read_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+def read_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of the Hub as it is there."""
     where = {"revision": model.revision, "token": token()}
     try:
         return AutoTokenizer.from_pretrained(model.name, **where)
@@ -80,6 +92,31 @@ def _read_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     special = get_tokenizer_config(model.name, **where).get("extra_special_tokens") or []
     names = {"extra_special_tokens": {}, "additional_special_tokens": special}
     return transformers.PreTrainedTokenizerFast.from_pretrained(model.name, **names, **where)
+
+
+def _check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise `UserError` if the tokenizer can give a token that the model has no embedding for.
+
+    More embeddings than tokens are common, and fine: vocabularies are padded to a multiple that suits the hardware.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision, token=token())
+        embeddings = config.get_text_config().vocab_size
+    except Exception:  # a tokenizer alone; a configuration that cannot be read is reported where it is needed
+        return
+    roles = {tokenizer.eos_token: "eos_token", tokenizer.bos_token: "bos_token", tokenizer.pad_token: "pad_token"}
+    above = {text: n for text, n in tokenizer.get_vocab().items() if n >= embeddings}
+    # Text never gives a special token without a role: gemma-3-1b's <image_soft_token> is one above its embeddings.
+    above = {text: n for text, n in above.items() if text in roles or text not in tokenizer.all_special_tokens}
+    if not above:
+        return
+    text = max(above, key=lambda text: (text in roles, above[text]))
+    role = f", its {roles[text]}" if text in roles else ""
+    raise UserError(
+        f"model.name={model.name}: its tokenizer has the token {text!r} with id {above[text]}{role}, but the model has "
+        f"{embeddings} embeddings (ids 0 to {embeddings - 1}): use the tokenizer that the model was trained with, or "
+        f"call model.resize_token_embeddings(len(tokenizer)) and save both"
+    )
 
 
 def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> PretrainedConfig:
@@ -110,15 +147,26 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
     # Not what config.json may ask for: flash attention may be missing here, and others than SDPA attend to later tokens
     # where they get no mask, as in a pipeline. None: SDPA, or the plain implementation of a family that has no SDPA.
     config._attn_implementation = None
-    for name, value in config.to_dict().items():
-        if name.endswith(("dropout", "layerdrop", "_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part, name in random_settings(config):
+        setattr(part, name, 0.0)
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if data is not None and longest and data.max_length > longest:
         raise UserError(
             f"data.max_length={data.max_length} is above what {model.name} takes: set it to {longest} or less"
         )
     return config
+
+
+def random_settings(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
+    """The settings of `config` and its parts that make a model drop or shake its values at random while it trains."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig))]
+    words = ("drop", "jitter")  # attention_dropout, hidden_dropout_prob, layerdrop, resid_pdrop, router_jitter_noise …
+    return [
+        (part, name)
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, float) and any(word in name for word in words)
+    ]
 
 
 def architecture(config: PretrainedConfig) -> str:
@@ -151,20 +199,72 @@ def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = tor
             built = AutoModelForCausalLM.from_config(config, **{DTYPE_KEY: random_dtype})
     else:
         try:
-            built = AutoModelForCausalLM.from_pretrained(
-                model.name,
-                revision=model.revision,
-                config=config,
-                token=token(),
-                trust_remote_code=False,
-                **{DTYPE_KEY: dtype},
-            )
+            with _without_load_report():
+                built, report = AutoModelForCausalLM.from_pretrained(
+                    model.name,
+                    revision=model.revision,
+                    config=config,
+                    token=token(),
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are in the report
+                    **{DTYPE_KEY: dtype},
+                )
         except Exception as error:
             check_model_folder(model.name)
             raise explain_hub_error(error, "model", model.name) from error
-    if built.generation_config is not None and built.generation_config.pad_token_id is None:
-        built.generation_config.pad_token_id = built.generation_config.eos_token_id
+        if problem := load_problem(report):
+            raise UserError(
+                f"model.name={model.name}: its weights are not those of a {type(built).__name__} as config.json "
+                f"describes it: {problem}; choose a complete checkpoint, or correct config.json"
+            )
     return built
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers prints a table of what did not fit; here it becomes one line, or is fine."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def load_problem(report: dict[str, Any]) -> str | None:
+    """The tensors that a checkpoint lacks or has too many, or in another shape; None if it fits.
+
+    `report` is what `from_pretrained` gives with `output_loading_info`. Tensors that are missing start at random.
+    """
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    kinds = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"], "of another shape": mismatched}
+    parts = []
+    for kind, names in kinds.items():
+        names = sorted(set(names) - (set() if kind == "of another shape" else set(mismatched)))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{kind}: {', '.join(names[:3])}{more}")
+    return "; ".join([*parts, *report.get("error_msgs", [])[:1]]) or None
+
+
+def base_folder(model: ModelConfig) -> Path | None:
+    """A folder with all that the base's repository holds but its weights; None for a model that has no repository.
+
+    Raises `UserError` if it cannot be had.
+    """
+    model = located(model)
+    if model.name.startswith("tiny:"):
+        return None
+    if os.path.isdir(model.name):
+        return Path(model.name)
+    try:
+        # Of folders only additional_chat_templates/ belongs to the model; others hold it in other formats.
+        ignored = [*(f"*{ending}" for ending in WEIGHT_ENDINGS), "[!a]*/*", "a[!d]*/*"]
+        where = {"revision": model.revision, "token": token(), "ignore_patterns": ignored}
+        return Path(huggingface_hub.snapshot_download(model.name, **where))
+    except Exception as error:
+        raise explain_hub_error(error, "model", model.name) from error
 
 
 def use_fused_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:

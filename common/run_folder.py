@@ -22,7 +22,7 @@ from common import report
 from common.config import BaseConfig, accumulation_steps, save_config
 from common.data import describe_counts
 from common.errors import UserError, full_disk
-from common.export import export
+from common.export import Export, check_space, gather_all
 from common.files import check_writable, remove, write_whole
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
@@ -38,8 +38,9 @@ WARM_UP_STEPS = 5  # left out of the summary's throughput: compilation, caches, 
 class RunFolder:
     """Bookkeeping of one run; a context manager that records a failure. It does nothing on ranks but the main one.
 
-    Raises `UserError` if the folder cannot be written, and in place of any error that a full disk is the cause of.
-    `advice` is what a run says that has no steps left; empty: nothing.
+    If the run `exports` a model at its end, that it can is tried here. Raises `UserError` if it cannot, if the folder
+    cannot be written, and instead of any error that a full disk caused. `advice` is what a run says that has no steps
+    left; empty: nothing.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class RunFolder:
         project: str,
         is_main: bool,
         environment: dict,
+        exports: bool = True,
         advice: str = "To train on, set train.max_steps higher",
     ):
         self.cfg, self.project, self.is_main = cfg, project, is_main
@@ -64,6 +66,8 @@ class RunFolder:
         # Nothing of an earlier run in this folder is touched before the new one begins: it may yet be refused.
         check_tracker(cfg)
         check_writable(cfg.output_dir)
+        if exports:
+            self._export = Export(cfg.model, self.model)
         self._host = HostMemory(launcher_pid())
 
     def begin(
@@ -83,6 +87,7 @@ class RunFolder:
             raise UserError(f"output_dir={self.cfg.output_dir} is not on this machine: all machines must share it")
         if not self.is_main:
             return
+        check_space(self.path, sum(p.numel() for p in model.parameters()), self.checkpoints, first_step < total_steps)
         self._remove_stale(first_step, total_steps)
         save_config(self.cfg, self.path / "config.yaml")
         write_json(self.path / "environment.json", self._environment)
@@ -183,13 +188,15 @@ class RunFolder:
             self._write({"step": step, "eval_loss": eval_loss})
             self._progress.write(f"Step {step}: held-out loss {eval_loss:.4f}")
 
-    def save_model(self, model, tokenizer, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-        """Export `model/`: plain Hugging Face safetensors, tokenizer and model card. A whole folder or none.
+    def save_model(self, model, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
+        """Export `model/`: Hugging Face safetensors, the base's other files and a model card; a whole one or none.
 
         Every rank calls this. `gather` gives the whole of a sharded tensor; it may be a collective.
         """
-        card = model_card(self.cfg, self.summarize("completed")) if self.is_main else ""
-        export(self.model, model, tokenizer, card, self.is_main, gather)
+        if self.is_main:
+            self._export.write(model, model_card(self.cfg, self.summarize("completed")), gather)
+        else:
+            gather_all(model, gather)
 
     def finish(self, status: str, reason: str | None = None, **figures) -> None:
         """The training is over: `completed`, `interrupted` (and why), or `stopped` by a search. Summary, plots, upload.

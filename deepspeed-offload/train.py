@@ -283,7 +283,7 @@ def train(cfg: Config) -> None:
                 return run.finish("interrupted", stop.reason)
             clock = time.perf_counter()
         drop_moments(zero)  # they are in the checkpoint, and make room for the export
-        run.save_model(model, tokenizer, master)
+        run.save_model(model, master)
         run.finish("completed")
 
 

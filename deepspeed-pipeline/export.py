@@ -16,7 +16,7 @@ from common import models
 from common.checkpoints import Checkpoints
 from common.config import parse_config
 from common.errors import UserError, run
-from common.export import export
+from common.export import Export
 from common.hub import model_card
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         return whole
 
     card = model_card(cfg, {"project": PROJECT, "steps": step})
-    export(output / "model", model, models.load_tokenizer(cfg.model), card, gather=read)
+    Export(cfg.model, output / "model").write(model, card, read)
     print(f"The model of step {step} is in {output / 'model'}")
 
 

@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from common.config import BaseConfig
 from common.errors import UserError
-from common.loss import token_losses
+from common.loss import check_loss, chunked_losses, token_losses
 
 FAMILIES = ("llama", "qwen2")  # what `DecoderLayer` calls and `decoder_specs` takes apart is theirs
 
@@ -163,6 +163,15 @@ def check_family(config: PretrainedConfig, name: str) -> None:
         )
     if getattr(config, "use_sliding_window", False):
         raise UserError(f"model.name={name}: its attention has a sliding window, which needs a mask that stages lack")
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless the loss from the last hidden states and the output matrix is the model's own."""
+    if check_loss(model) is not chunked_losses:
+        raise UserError(
+            f"model.name: {type(model).__name__} changes its logits after the output matrix, which the last stage does "
+            f"not compute; choose another model, or another project"
+        )
 
 
 def stage_count(stages: int, world_size: int) -> int:

@@ -31,7 +31,7 @@ from ds_settings import read_ds_config
 from gradient_norm import sum_once
 from masters import KINDS, pieces, read_state, write_state
 from partition import costs, describe, layers_by_stage
-from stages import DecoderPipeline, check_family, checkpoint_activations, stage_count, warn_of_waiting
+from stages import DecoderPipeline, check_family, check_head, checkpoint_activations, stage_count, warn_of_waiting
 from transformers import PreTrainedModel
 
 from common import data, errors, evaluation, models, runtime
@@ -92,6 +92,7 @@ def build_model(
     The parameters of the other stages are on the `meta` device: they have names and shapes, but no memory.
     """
     model = models.empty_model(cfg.model).to(dtype)
+    check_head(model)
     models.use_fused_attention(model, device, dtype)
     if cfg.train.compile:
         for layer in models.decoder_layers(model):
@@ -280,7 +281,7 @@ def train(cfg: Config) -> None:
             if stopping and step < total_steps:
                 return run.finish("interrupted", stop.reason, **peaks(device))
             clock = time.perf_counter()
-        run.save_model(model, tokenizer, gather_masters(zero, model, device))
+        run.save_model(model, gather_masters(zero, model, device))
         run.finish("completed", **peaks(device))
 
 

@@ -50,6 +50,7 @@ from common.checkpoints import Checkpoints, identity
 from common.config import accumulation_steps, parse_config
 from common.errors import UserError
 from common.hub import check_can_push, token
+from common.loss import check_loss
 from common.run_folder import RunFolder
 
 
@@ -101,6 +102,7 @@ def build_model(cfg: Config, folder: Path) -> str | None:
     embedded = cfg.model.name.startswith("tiny:")
     if embedded or not cfg.model.random_weights:  # else Foundry makes them, and there may be none to read
         model = models.load_model(cfg.model, cfg.seed, dtype="auto")
+        check_loss(model)  # Foundry's is the model's own; so it must be the one that all projects compute
     if embedded:
         model.save_pretrained(folder)
         return None
@@ -115,11 +117,7 @@ def foundry_variables(
 ) -> dict:
     """What foundry.yaml takes as `variables.run`: what follows from the settings, the data and the machine."""
     architecture = models.load_model_config(cfg.model)
-    without_dropout = {
-        name: value
-        for name, value in architecture.to_dict().items()
-        if name.endswith(("dropout", "layerdrop", "_pdrop")) and isinstance(value, float)
-    }
+    without_dropout = {name: 0.0 for part, name in models.random_settings(architecture) if part is architecture}
     if checkpoint:  # a file, or several ranks' folder, which Composer named
         (checkpoint,) = (checkpoint / "composer").iterdir()
     return {
@@ -157,17 +155,16 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, state: State) -> None:
     dist.barrier()
 
 
-def export_model(run: RunFolder, state: State, tokenizer) -> None:
+def export_model(run: RunFolder, state: State) -> None:
     """`model/`, a tensor at a time: the sharded tensors are gathered whole, in fp32."""
     model = state.model.model
     for name, module in list(model.named_modules()):  # activation checkpointing put each layer into a wrapper
         if hasattr(module, "_checkpoint_wrapped_module"):
             model.set_submodule(name, module._checkpoint_wrapped_module)
-    model.config.use_cache = True  # Foundry switched it off: of use in generation only
     for module in state.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after an evaluation the outermost module's weights are still whole
-    run.save_model(model, tokenizer, lambda t: t.full_tensor() if isinstance(t, DTensor) else t.detach())
+    run.save_model(model, lambda t: t.full_tensor() if isinstance(t, DTensor) else t.detach())
 
 
 def train(cfg: Config) -> None:
@@ -243,7 +240,7 @@ def train(cfg: Config) -> None:
             return run.finish("interrupted", stop.reason)
         if first_step < prepared.total_steps:
             save_checkpoint(checkpoints, step, state)
-        export_model(run, state, tokenizer)
+        export_model(run, state)
         run.finish("completed")
 
 

@@ -224,7 +224,7 @@ def train(cfg: Config) -> None:
             if stopping and step < total_steps:
                 return run.finish("interrupted", stop.reason)
             clock = time.perf_counter()
-        run.save_model(model.module.model, tokenizer)
+        run.save_model(model.module.model)
         run.finish("completed")
 
 

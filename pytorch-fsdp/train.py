@@ -271,7 +271,7 @@ def train(cfg: Config) -> None:
             if stopping and step < total_steps:
                 return run.finish("interrupted", stop.reason)
             clock = time.perf_counter()
-        run.save_model(model.model, tokenizer, DTensor.full_tensor)
+        run.save_model(model.model, DTensor.full_tensor)
         run.finish("completed")
 
 

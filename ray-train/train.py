@@ -260,7 +260,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
             clock = time.perf_counter()
         # The masters, gathered one by one.
         weights = dict(zip(shapes.parameters(), model.parameters(), strict=True))
-        run.save_model(shapes, tokenizer, lambda shape: safe_get_full_fp32_param(weights[shape]))
+        run.save_model(shapes, lambda shape: safe_get_full_fp32_param(weights[shape]))
         run.finish("completed")
 
 

@@ -40,6 +40,7 @@ from common.checkpoints import Checkpoints, identity
 from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.console import output_to
 from common.errors import UserError
+from common.export import check_export
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.ray_address import joined
@@ -153,7 +154,10 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(not is_trial)
     environment = runtime.describe_environment(1, reason)
-    with RunFolder(cfg, PROJECT, True, environment, advice="") as run, runtime.explain_out_of_memory(cfg):
+    with (
+        RunFolder(cfg, PROJECT, True, environment, exports=not is_trial, advice="") as run,
+        runtime.explain_out_of_memory(cfg),
+    ):
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         run.log_rows(rows.counts)
         model = build_model(cfg, device, dtype)
@@ -206,7 +210,7 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
                     return run.finish("interrupted" if stop.reason else "stopped", stop.reason)
             clock = time.perf_counter()
         if not is_trial:
-            run.save_model(model.model, tokenizer)
+            run.save_model(model.model)
         run.finish("completed")
 
 
@@ -275,6 +279,7 @@ def search(cfg: Config) -> None:
     root = Path(cfg.output_dir).resolve()
     only_one = lock(root / ".lock", 0, f"output_dir={cfg.output_dir}: another search runs in it; choose another one")
     stop = runtime.StopRequest(cfg.runtime)
+    check_export(cfg.model, root / "model")
     tokenizer = models.load_tokenizer(cfg.model)
     models.load_model_config(cfg.model, cfg.data)
     rows, held_out = build_dataloaders(cfg, tokenizer)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from conftest import REPOSITORY
+from hub_content import assert_base_is_kept
 from launching import environment, error_line, run
 
 PROJECT = "pytorch-ddp"
@@ -32,6 +33,7 @@ def test_a_failing_hub_is_asked_again_and_a_failed_upload_loses_nothing(hub, tmp
     output = run(PROJECT, *settings, config="config.yaml", processes=1, **variables)
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "completed"
     assert (tmp_path / "run/model/model.safetensors").exists()
+    assert_base_is_kept(hub.root / "models/Qwen/Qwen2-0.5B-Instruct", tmp_path / "run/model")
     warning = next(line for line in output.splitlines() if "was not uploaded" in line)
     assert "hf upload writer/lost" in warning
 

@@ -4,13 +4,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, refused
+from families import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common import loss as loss_module
 from common.config import ModelConfig
-from common.loss import IGNORE, CausalLMLoss, count_targets, linear_cross_entropy
-from common.models import load_model
+from common.errors import UserError
+from common.loss import (
+    IGNORE,
+    CausalLMLoss,
+    check_loss,
+    chunked_losses,
+    count_targets,
+    linear_cross_entropy,
+    own_head_losses,
+)
+from common.models import empty_model, load_model, random_settings
+from common.small_model import randomize
 
 VOCABULARY, WIDTH = 50, 16
 
@@ -237,19 +249,108 @@ def test_a_batch_without_targets_has_a_loss_of_zero_that_can_go_backward():
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+SHAPES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2}  # fmt: skip
+MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+
+
+def model_of(family: str, **keys):
+    config = AutoConfig.for_model(family, **SHAPES | keys)
+    for part, name in random_settings(config):
+        setattr(part, name, 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        randomize(model)
+    return model
+
+
+def assert_the_model_s_own(model) -> None:
+    """Value, gradient of the head and statistics of our loss are those of transformers, on a batch with masked rows."""
+    ids, labels = batch_of(rows_of(64))
+    own = model(input_ids=ids, labels=labels, use_cache=False).loss * count_targets(labels)
+    head = model.get_output_embeddings().weight
+    (own_gradient,) = torch.autograd.grad(own, head)
+    ours = CausalLMLoss(model)
+    loss = ours(ids, labels)
+    assert loss.item() == pytest.approx(own.item(), rel=1e-5)
+    assert relative(*torch.autograd.grad(loss, head), own_gradient) < 1e-4
+    statistics = ours(ids, labels, statistics=True)
+    assert statistics.dtype == torch.float64 and not statistics.requires_grad
+    assert statistics[0].item() == pytest.approx(own.item(), rel=1e-5)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    right = (logits.argmax(-1) == labels[:, 1:]).sum()
+    assert statistics[1:].tolist() == [count_targets(labels), right]
+
+
 @pytest.mark.parametrize(
-    ("family", "keys", "what"),
+    ("family", "keys"),
     [
-        ("phi", {}, "a bias"),
-        ("cohere", {"logit_scale": 0.1}, "logit_scale"),
-        ("granite", {"logits_scaling": 8.0}, "logits_scaling"),
-        ("gemma2", {"final_logit_softcapping": 30.0, "head_dim": 8}, "final_logit_softcapping"),
+        ("falcon_h1", MAMBA | {"lm_head_multiplier": 0.0390625}),
+        ("phi", {}),  # a bias
+        ("cohere", {"logit_scale": 0.1}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("gemma2", {"final_logit_softcapping": 30.0, "tie_word_embeddings": False}),
+        ("nanochat", {}),  # a cap that no setting names
+        ("modernbert-decoder", {}),  # a transformation before the head
+        ("bert", {"is_decoder": True}),  # the same, and a bias
     ],
 )
-def test_models_that_change_their_logits_are_refused(family, keys, what):
-    shapes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
-              "eos_token_id": 2}  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shapes, **keys))
-    with refused("model.name", type(model).__name__, what, "choose another model"):
+def test_models_that_change_their_logits_train_on_their_own_loss(family, keys, capsys):
+    model = model_of(family, **keys)
+    assert_the_model_s_own(model)
+    note = capsys.readouterr().err
+    assert type(model).__name__ in note and "train.micro_batch_size" in note
+    assert CausalLMLoss(model).losses is own_head_losses
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "gpt_neox", "mpt", "mamba", "falcon_h1"])
+def test_models_with_a_plain_head_never_hold_their_logits(family, capsys):
+    model = model_of(family, **(MAMBA if family == "falcon_h1" else {}))
+    assert_the_model_s_own(model)
+    assert CausalLMLoss(model).losses is chunked_losses
+    assert not capsys.readouterr().err
+
+
+def test_the_check_needs_no_weights_and_leaves_the_random_numbers_as_they_were():
+    state = torch.get_rng_state()
+    for name, wanted in (("tiny:llama", chunked_losses), ("tiny:bloom", chunked_losses)):
+        assert check_loss(empty_model(ModelConfig(name))) is wanted
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "why"),
+    [
+        ("mixtral", {"output_router_logits": True, "num_local_experts": 4}, "another loss"),  # adds a term
+        ("bart", {"d_model": 16, "decoder_ffn_dim": 32, "decoder_layers": 1}, "another loss"),  # does not shift labels
+        ("bert", {}, "those after it"),
+        ("git", {}, "cannot be trained here"),  # wants an image
+    ],
+)
+def test_models_with_another_loss_are_refused(family, keys, why):
+    model = model_of(family, **keys)
+    with refused("model.name", type(model).__name__, why, "choose another model"):
         CausalLMLoss(model)
+
+
+@pytest.mark.slow
+def test_every_causal_model_of_transformers_trains_on_its_own_loss_or_is_refused():
+    equal, refusals = [], []
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if (model := tiny_model(family)) is None:
+            continue
+        try:
+            CausalLMLoss(model)
+        except UserError as error:
+            assert "\n" not in str(error), family
+            refusals.append(family)
+            continue
+        assert_the_model_s_own(model)
+        equal.append(family)
+    assert len(equal) > 80, equal
+    known = {"bert", "bart", "whisper", "marian", "trocr"} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert known <= set(refusals)
+    assert {"llama", "qwen2", "opt", "bloom", "gemma2", "mixtral", "gpt2"} <= set(equal)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import FAMILIES, refused
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import pydoc_data
@@ -247,6 +248,81 @@ def test_a_model_that_cannot_be_had_is_refused(tmp_path):
         for load in (load_model_config, load_model):
             with refused(str(tmp_path / folder)):
                 load(ModelConfig(str(tmp_path / folder)))
+
+
+def edited(family: str, folder, edit) -> ModelConfig:
+    """A saved tiny model whose tensors went through `edit`."""
+    tiny(family).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return ModelConfig(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "auto"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_its_tensors_are_named(family, tmp_path, dtype):
+    def norm(tensors):
+        return min(name for name in tensors if "norm" in name and name.endswith("weight"))
+
+    names = {}
+    for kind, edit in {
+        "missing": lambda tensors: names.update(missing=norm(tensors)) or tensors.pop(norm(tensors)),
+        "unexpected": lambda tensors: tensors.update({"model.reward.weight": torch.ones(2)}),
+        "of another shape": lambda tensors: (
+            names.update({"of another shape": norm(tensors)}) or tensors.update({norm(tensors): torch.ones(3)})
+        ),
+    }.items():
+        with refused("model.name=", f"{kind}: ", names.get(kind, ""), "choose a complete checkpoint"):
+            load_model(edited(family, tmp_path / kind, edit), dtype=dtype)
+
+    def tensors_of_a_layer(tensors):
+        return sorted(name for name in tensors if ".1." in name)[:9]
+
+    several = edited(
+        family, tmp_path / "several", lambda tensors: [tensors.pop(n) for n in tensors_of_a_layer(tensors)]
+    )
+    with refused("missing: ", "and 6 more"):
+        load_model(several, dtype=dtype)
+    assert load_model(edited(family, tmp_path / "whole", lambda tensors: None), dtype=dtype)
+
+
+def test_a_checkpoint_saved_while_its_head_was_tied_lacks_it_where_config_json_says_untied(tmp_path):
+    base = edited("qwen2", tmp_path, lambda tensors: None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with refused("model.name=", "Qwen2ForCausalLM", "missing: lm_head.weight", "correct config.json"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("role", ["pad_token", "bos_token", "eos_token", None])
+def test_a_token_without_an_embedding_is_refused(role, tmp_path):
+    tokenizer = load_tokenizer(ModelConfig("tiny:llama"))
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({role: "[NEW]"}) if role else tokenizer.add_tokens("[NEW]")
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    roles = (role,) if role else ()
+    with refused("model.name=", "'[NEW]' with id 2048", "2048 embeddings", "resize_token_embeddings", *roles):
+        load_tokenizer(ModelConfig(str(tmp_path)))
+    model.resize_token_embeddings(2112)  # padded beyond the tokenizer
+    model.save_pretrained(tmp_path)
+    assert len(load_tokenizer(ModelConfig(str(tmp_path)))) == 2049
+
+
+def test_another_model_s_tokenizer_is_refused_and_a_special_token_that_no_text_gives_is_not(tmp_path):
+    load_tokenizer(ModelConfig("tiny:qwen2")).save_pretrained(tmp_path)
+    config = load_model_config(ModelConfig("tiny:qwen2"))
+    config.vocab_size = 1000
+    config.save_pretrained(tmp_path)
+    with refused("id 2047", "1000 embeddings"):
+        load_tokenizer(ModelConfig(str(tmp_path)))
+    tokenizer = load_tokenizer(ModelConfig("tiny:qwen2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    config.vocab_size = 2048
+    config.save_pretrained(tmp_path)
+    assert len(load_tokenizer(ModelConfig(str(tmp_path)))) == 2049
 
 
 def test_max_length_is_compared_with_a_local_model_s_too(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, refused
+from hub_content import assert_base_is_kept
 from launching import environment, metrics
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,6 +140,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
             AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits for path in (run / "model", uploaded)
         )
     assert torch.equal(ours, theirs)
+    assert_base_is_kept(hub.root / "models" / names["model"]["name"], uploaded)
     assert (uploaded / f"checkpoints/step-{steps:08d}").is_dir()
     card = (uploaded / "README.md").read_text()
     assert names["model"]["name"] in card and names["data"]["name"] in card
