@@ -107,6 +107,7 @@ def check_loss(model: nn.Module) -> Callable[..., Tensor]:
     ) from problem
 
 
+@torch.enable_grad()  # also where the caller only evaluates
 def _agreeing_losses(small: nn.Module) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids, other_ids = torch.randint(1, small.config.get_text_config().vocab_size, (2, 2, 16), generator=generator)

@@ -95,15 +95,17 @@ def _convert(source: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    from common.export import write_model
     from common.models import DTYPE_KEY
 
     # In fp32: in 16 bits, transformers 5 would keep the weights packed.
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, **{DTYPE_KEY: torch.float32})
-    for name in ("quantization_config", "_model_name_or_path"):  # the weights are no longer quantised
-        vars(model.config).pop(name, None)
-    model.config._name_or_path = HUB_ID
-    write_model(model, folder, is_main=True, gather=torch.Tensor.detach)
+    fp32 = {DTYPE_KEY: torch.float32}
+    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, **fp32)
+    vars(read.config).pop("quantization_config", None)  # the weights are no longer quantised
+    read.config._name_or_path = HUB_ID
+    model = AutoModelForCausalLM.from_config(read.config, **fp32)  # transformers 5 saves no model that it read from GGUF
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "rope_parameters" in config:  # transformers 4 looks for the base elsewhere, and would take 10,000 without a word
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]

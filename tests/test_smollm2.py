@@ -14,6 +14,7 @@ from common import data, evaluation, export, hub, models, smollm2
 from common.config import BaseConfig, DataConfig, ModelConfig
 from common.loss import CausalLMLoss
 
+pytestmark = pytest.mark.slow  # 135 million parameters
 MODEL = ModelConfig(smollm2.NAME)
 TEXT = (
     "In this work we show that a small language model can be fine-tuned on 2 GPUs.\n\n"
@@ -39,9 +40,10 @@ def cache(tmp_path_factory):
     processes = [context.Process(target=convert, args=(home, barrier, found)) for _ in range(2)]
     for process in processes:
         process.start()
-    answers = [found.get(timeout=300) for _ in processes]
     for process in processes:
-        process.join()
+        process.join(300)
+        assert process.exitcode == 0
+    answers = [found.get() for _ in processes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HOME", str(home))
         yield home, answers
@@ -81,7 +83,7 @@ def test_it_answers_a_question_through_its_chat_template(loaded):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert prompt.startswith("<|im_start|>system\n") and prompt.endswith("<|im_start|>assistant\n")
-    ids = evaluation.encode_prompt(prompt, DataConfig(format="messages"), tokenizer, 256)
+    ids = evaluation.encode_prompt(data.Prompt(prompt, "The"), DataConfig(format="messages"), tokenizer, 256)
     evaluation.make_greedy(model, tokenizer)
     (answer,) = evaluation.generate(model, tokenizer, [ids], 16, torch.float32)
     assert answer == "The capital of France is Paris."  # and ends there, at the model's own EOS
@@ -101,7 +103,7 @@ def test_the_tokenizer_is_the_published_one(loaded):
 def test_export_and_reload_give_equal_logits(loaded, tmp_path):
     model, tokenizer = loaded
     card = hub.model_card(BaseConfig(model=MODEL), {"project": "pytorch-ddp"})
-    export.export(tmp_path / "model", model, tokenizer, card)
+    export.Export(MODEL, tmp_path / "model").write(model, card, torch.Tensor.detach)
     again = ModelConfig(str(tmp_path / "model"))
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     assert models.load_tokenizer(again)(TEXT).input_ids == ids[0].tolist()
