@@ -53,9 +53,7 @@ def share_of_node(environment: dict[str, str], node: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_nodes(
-    home: Path, nodes: list[tuple[list[str], dict[str, str]]], python: str = sys.executable
-) -> Iterator[dict[str, str]]:
+def ray_nodes(home: Path, nodes: list[tuple[list[str], dict[str, str]]]) -> Iterator[dict[str, str]]:
     """A cluster of Ray, started from `home` with `ray start`: for each of `nodes` one with its options and environment.
 
     Gives the variables with which to join it. Raises `RuntimeError` where a node does not start.
@@ -68,7 +66,7 @@ def ray_nodes(
         for options, variables in nodes:
             log = home / f"node-{len(started)}.log"
             place = [f"--address=127.0.0.1:{port}"] if started else head
-            command = [python, "-m", "ray.scripts.scripts", "start", "--block", *place, *options]
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *place, *options]
             command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
             with log.open("wb") as file:
                 started.append(psutil.Popen(command, cwd=home, env=variables | RAY, stdout=file, stderr=file))

@@ -76,6 +76,7 @@ def assert_close(ours, theirs, relative):
 SESSION = Path(os.environ["TEST_SESSION"])  # what the processes of one test session share; made by conftest.py
 PYTHON = str(SESSION / "warm/main/bin/python")
 FOUNDRY = "llm-foundry-finetune"
+UNDER_RAY = ("ray-train", "ray-tune")  # always the real interpreter: see warm_python.py
 
 
 def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
@@ -113,6 +114,7 @@ def start(
     project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", cold: bool = False, **variables: str
 ):
     """The running process; its output is merged."""
+    cold = cold or project in UNDER_RAY
     if project == FOUNDRY and not cold:  # as launch.sh sets them
         own = SESSION / "warm/foundry/bin"
         variables = {"PYTHONWARNINGS": "ignore", "VIRTUAL_ENV": str(REPOSITORY / ".venv-foundry"),
@@ -255,9 +257,9 @@ def ray_nodes(home: Path, *resources: list[str]) -> Iterator[dict[str, str]]:
 
     What `--num-gpus` says are GPUs to Ray alone: it hands them out, and PyTorch sees none.
     """
-    variables = environment()
+    variables = environment(cold=True)
     variables.pop("PYTHONPATH")  # workers get `common` from Ray
-    with shares.ray_nodes(home, [(options, variables) for options in resources], PYTHON) as cluster:
+    with shares.ray_nodes(home, [(options, variables) for options in resources]) as cluster:
         yield cluster
 
 
@@ -272,8 +274,8 @@ print(ray.get(holder.there.remote()), flush=True)
 sys.stdin.read()
 """
     process = subprocess.Popen(
-        [PYTHON, "-c", script],
-        env=environment(**cluster),
+        [sys.executable, "-c", script],
+        env=environment(cold=True, **cluster),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

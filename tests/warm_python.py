@@ -3,7 +3,7 @@
 Nearly all of a small run's time is imports: torch, transformers and DeepSpeed take 4 to 8 seconds of one core in every
 process. `make_bin` writes a `python` that runs a command as the real interpreter would, but in a process forked from a
 *zygote*, which has imported the libraries and nothing of this repository. The launchers stay the real ones: launch.sh,
-torchrun, DeepSpeed's and Composer's launchers and Ray start this `python` because it comes first on the PATH, and set
+torchrun, DeepSpeed's and Composer's launchers start this `python` because it comes first on the PATH, and set
 the environment of each rank themselves.
 
     test ── launch.sh ── python (client) ── torchrun ── python (client)      what a launcher sees, signals and reaps
@@ -18,7 +18,8 @@ the environment of each rank themselves.
 - A zygote ends with the test session that made its folder, or after IDLE_SECONDS without work.
 
 What differs from a fresh interpreter: modules are imported already, `/proc/PID/environ` is the zygote's, and the
-process is not a descendant of its launcher. Tests that look at any of these start the real interpreter.
+process is not a descendant of its launcher. Tests that look at any of these start the real interpreter. So do Ray's:
+Ray watches its processes by their numbers, and reads its settings while it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -49,7 +49,6 @@ PER_PROCESS = {
     "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "TEST_RUN", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",
     "PYTHONSAFEPATH", "SPT_NOENV",
 }  # fmt: skip
-PER_PROCESS_PREFIX = "RAY_"  # Ray reads its own while it is imported: a zygote does not import it
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("mnt", "net", "pid", "user", "uts")
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator would start one
@@ -96,9 +95,7 @@ def client(arguments: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WARM_")}
     is_module = len(command) > 1 and command[0] in ("-m", "-c")
     is_script = bool(command) and command[0].endswith(".py")
-    # Of Ray's own processes only workers, and the agent that names their interpreter, import what a zygote has.
-    ray_service = is_script and "/ray/" in command[0] and not re.search("/workers/|/runtime_env/", command[0])
-    if not (is_module or is_script) or ray_service:
+    if not (is_module or is_script):
         os.execve(os.environ["WARM_PYTHON"], [os.environ["WARM_PYTHON"], *arguments], environment)
     connection = connect(import_list(command, environment), environment)
     files = sorted(int(name) for name in os.listdir("/proc/self/fd"))
@@ -148,8 +145,7 @@ def read_line(connection: socket.socket) -> bytes:
 
 def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.socket:
     """A connection to the zygote of this environment, which is started if there is none."""
-    own = {name for name in environment if name in PER_PROCESS or name.startswith(PER_PROCESS_PREFIX)}
-    shared = {name: value for name, value in environment.items() if name not in own}
+    shared = {name: value for name, value in environment.items() if name not in PER_PROCESS}
     place = [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES] + [os.getuid(), os.stat("/").st_ino]
     key = hashlib.sha1(json.dumps([imports, shared, place], sort_keys=True).encode()).hexdigest()[:16]
     path = f"{os.environ['WARM_FOLDER']}/{key}"
@@ -191,7 +187,6 @@ def zygote(path: str, owner: int, ready: int, imports: list[str]) -> dict:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    assert "ray" not in sys.modules
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit(f"an import has started threads: {os.listdir('/proc/self/task')}")
     with contextlib.suppress(FileNotFoundError):
