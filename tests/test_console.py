@@ -51,7 +51,7 @@ def assert_came_to_its_end(tmp_path: Path, exit_code: int) -> None:
     ],
 )
 def test_any_encoding(tmp_path, encoding, line):
-    done = subprocess.run(command(tmp_path), env=environment(PYTHONIOENCODING=encoding), capture_output=True)
+    done = subprocess.run(command(tmp_path), env=environment(cold=True, PYTHONIOENCODING=encoding), capture_output=True)
     assert done.stdout.decode(encoding).splitlines()[7] == line
     assert len(done.stdout.decode(encoding).splitlines()) == 2000
     assert len(done.stderr.decode(encoding).splitlines()) == 2000
@@ -59,7 +59,7 @@ def test_any_encoding(tmp_path, encoding, line):
 
 
 def test_the_posix_locale_without_utf_8_mode(tmp_path):
-    variables = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    variables = environment(cold=True, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run(command(tmp_path), env=variables, capture_output=True)
     assert b"3.5000 -> 2.1000" in done.stdout
     assert_came_to_its_end(tmp_path, done.returncode)
@@ -69,7 +69,7 @@ def test_the_posix_locale_without_utf_8_mode(tmp_path):
 def test_a_pipe_whose_reader_leaves(tmp_path, unbuffered):
     process = subprocess.Popen(
         command(tmp_path),
-        env=environment(PYTHONUNBUFFERED=unbuffered),
+        env=environment(cold=True, PYTHONUNBUFFERED=unbuffered),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -80,7 +80,7 @@ def test_a_pipe_whose_reader_leaves(tmp_path, unbuffered):
 
 def test_a_terminal_that_is_gone(tmp_path):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command(tmp_path), env=environment(), stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(command(tmp_path), env=environment(cold=True), stdout=theirs, stderr=theirs)
     os.close(theirs)
     os.read(ours, 10)
     os.close(ours)  # from now on, every write to it is an input/output error
@@ -90,7 +90,7 @@ def test_a_terminal_that_is_gone(tmp_path):
 @pytest.mark.parametrize("redirection", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1", ">&-", "2>&-", ">&- 2>&-"])
 def test_a_full_disk_or_no_stream_at_all(tmp_path, redirection):
     line = " ".join(command(tmp_path))
-    done = subprocess.run(["bash", "-c", f"{line} {redirection}"], env=environment(), capture_output=True)
+    done = subprocess.run(["bash", "-c", f"{line} {redirection}"], env=environment(cold=True), capture_output=True)
     assert_came_to_its_end(tmp_path, done.returncode)
     kept = (done.stdout, "held-out") if redirection.startswith("2") else (done.stderr, "warning")
     if ">&1" not in redirection and redirection != ">&- 2>&-":
@@ -100,7 +100,7 @@ def test_a_full_disk_or_no_stream_at_all(tmp_path, redirection):
 def test_a_non_blocking_pipe_that_is_read_slowly(tmp_path):
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    process = subprocess.Popen(command(tmp_path), env=environment(), stdout=theirs, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(tmp_path), env=environment(cold=True), stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     time.sleep(1)
     read = b""
@@ -179,7 +179,7 @@ def test_an_error_line_has_no_password(tmp_path):
         "def main():\n    raise errors.UserError('cannot reach ' + os.environ['HTTPS_PROXY'])\n"
         "errors.run(main)\n"
     )
-    variables = environment(HTTPS_PROXY="http://alice:pa ss/w@rd@proxy:3128")
+    variables = environment(cold=True, HTTPS_PROXY="http://alice:pa ss/w@rd@proxy:3128")
     done = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("error: cannot reach http://proxy:3128\n")

@@ -23,7 +23,7 @@ UNSET = dict.fromkeys(("MPLCONFIGDIR", "HF_HOME", "XDG_CACHE_HOME", "WANDB_CACHE
 
 
 def seen(*prefix: str, **variables: str) -> dict:
-    kept = {k: v for k, v in environment().items() if k not in NAMES}
+    kept = {k: v for k, v in environment(cold=True).items() if k not in NAMES}
     command = [*prefix, sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=kept | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

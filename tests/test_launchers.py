@@ -187,7 +187,7 @@ def test_every_launcher_ignores_a_lost_terminal_under_nohup_and_else_lets_the_ru
     process = subprocess.Popen(
         [*(["nohup"] if nohup else []), *LAUNCHERS[launcher], str(tmp_path / "waits.py"), str(tmp_path)],
         cwd=REPOSITORY,
-        env=environment(DS_ACCELERATOR="cpu", RANK="", WORLD_SIZE="3"),  # and what was left over
+        env=environment(cold=True, DS_ACCELERATOR="cpu", RANK="", WORLD_SIZE="3"),  # and what was left over
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -229,7 +229,7 @@ def test_one_machine_needs_no_name(tmp_path):
     )
     start = ["bash", "-c", 'hostname no-such-host-xyz && exec "$@"', "", *LAUNCHERS["torchrun"], str(script)]
     done = subprocess.run(
-        [*alone, *start], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500
+        [*alone, *start], cwd=REPOSITORY, env=environment(cold=True), capture_output=True, text=True, timeout=500
     )
     assert done.stdout.splitlines() == ["2 127.0.0.1 lo"] * 2, done
 
@@ -268,7 +268,7 @@ def test_launch_works_from_any_folder_by_any_name(hostile_folder, tmp_path, proj
     done = subprocess.run(
         [*start, "--config", "smoke.yaml", "train.max_step=2"],
         cwd=hostile_folder,
-        env=environment(NPROC_PER_NODE="1", **more),
+        env=environment(cold=True, NPROC_PER_NODE="1", **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -302,7 +302,7 @@ def test_ray_s_workers_start_from_a_path_with_a_space_and_import_nothing_of_the_
     (tmp_path / "driver.py").write_text(IN_A_WORKER)
     python = str(here / "env/bin/python")
     paths = [str(REPOSITORY / "ray-train"), str(REPOSITORY)]
-    variables = environment()
+    variables = environment(cold=True)
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
         [python, tmp_path / "driver.py", *paths],
@@ -447,7 +447,7 @@ def bare_python(tmp_path_factory) -> Path:
 def test_an_environment_is_made_by_a_python_without_ensurepip(bare_python, tmp_path):
     make = [REPOSITORY / "common/new_environment.sh", bare_python]
     wheels = next((Path(importlib.import_module("ensurepip").__file__).parent / "_bundled").glob("pip-*.whl"))
-    variables = environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels.parent), PATH="/usr/bin:/bin")
+    variables = environment(cold=True, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels.parent), PATH="/usr/bin:/bin")
     failed = subprocess.run([*make, tmp_path / "env"], env=variables, capture_output=True, text=True)
     assert failed.returncode == 2 and "python3-venv" in error_line(failed.stderr) and "uv" in failed.stderr
     with zipfile.ZipFile(wheels) as pip:
@@ -481,7 +481,7 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
     )  # fmt: skip
     port = server.stdout.readline().split(" port ")[1].split()[0]
     own = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(tmp_path / "found")}
-    variables = environment(**own, PIP_INDEX_URL=f"http://127.0.0.1:{port}/none")
+    variables = environment(cold=True, **own, PIP_INDEX_URL=f"http://127.0.0.1:{port}/none")
 
     def install(index: str) -> tuple[str, float]:
         started = time.monotonic()
@@ -509,7 +509,7 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
 def test_eval_starts_in_any_environment_in_which_launch_does(hostile_folder, tmp_path, project):
     """With a Python that has none of the packages, where launch.sh would find another; and from a hostile folder."""
     bare = next(Path(sys.base_prefix, "bin").glob("python3.*[0-9]"))
-    variables = environment(PYTHONSAFEPATH="1")
+    variables = environment(cold=True, PYTHONSAFEPATH="1")
     variables.pop("PYTHONPATH")
     done = subprocess.run(
         [bare, "-S", REPOSITORY / project / "eval.py", "--config", "smoke.yaml", f"output_dir={tmp_path}/none"],

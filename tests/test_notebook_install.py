@@ -74,7 +74,7 @@ def test_installing_leaves_the_torch_that_is_there(tmp_path):
     def python(code: str, find_links: Path) -> subprocess.CompletedProcess:
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(find_links), "PIP_CONFIG_FILE": "/dev/null"}
         command = [str(tmp_path / "venv/bin/python"), "-c", code]
-        return subprocess.run(command, cwd=tmp_path, env=environment(**pip), capture_output=True, text=True)
+        return subprocess.run(command, cwd=tmp_path, env=environment(cold=True, **pip), capture_output=True, text=True)
 
     modules = "torch, transformers, datasets, accelerate, omegaconf, rouge_score"
     before = json.loads(python(SEEN.format(modules), empty).stdout)
