@@ -102,7 +102,7 @@ def _convert(source: Path, folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, **fp32)
     vars(read.config).pop("quantization_config", None)  # the weights are no longer quantised
     read.config._name_or_path = HUB_ID
-    model = AutoModelForCausalLM.from_config(read.config, **fp32)  # transformers 5 saves no model that it read from GGUF
+    model = AutoModelForCausalLM.from_config(read.config, **fp32)  # transformers 5 does not save one read from GGUF
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.save_pretrained(folder)

@@ -25,20 +25,24 @@ print(json.dumps(fields), file=sys.stderr)
 """
 
 
-def both_ways(*arguments: str, stdin: str = "", **options) -> list[subprocess.CompletedProcess]:
+def both_ways(*arguments: str, stdin: str = "", variables: dict | None = None, **options):
     done = []
     for python, cold in ((sys.executable, True), (PYTHON, False)):
-        variables = environment(cold=cold, GREETING="grüß dich")
-        command = [python, *arguments]
-        done.append(subprocess.run(command, env=variables, input=stdin, capture_output=True, text=True, **options))
+        own = environment(cold=cold, GREETING="grüß dich", **(variables or {}))
+        done.append(
+            subprocess.run([python, *arguments], env=own, input=stdin, capture_output=True, text=True, **options)
+        )
     return done
 
 
+@pytest.mark.parametrize("safe_path", ["", "-P", "PYTHONSAFEPATH"])
 @pytest.mark.parametrize("kind", ["script", "module", "code"])
-def test_a_program_sees_the_same_start(tmp_path, kind):
+def test_a_program_sees_the_same_start(tmp_path, kind, safe_path):
     (tmp_path / "itself.py").write_text(SELF)
     how = {"script": ["itself.py"], "module": ["-m", "itself"], "code": ["-c", SELF]}[kind]
-    real, warm = both_ways("-u", *how, "one", "--two=3", stdin="typed", cwd=tmp_path)
+    variables = {"PYTHONPATH": str(tmp_path)} | ({safe_path: "1"} if safe_path == "PYTHONSAFEPATH" else {})
+    flags = ["-u", safe_path] if safe_path == "-P" else ["-u"]
+    real, warm = both_ways(*flags, *how, "one", "--two=3", stdin="typed", variables=variables, cwd=tmp_path)
     assert real.returncode == warm.returncode == 0, warm.stderr
     assert json.loads(real.stderr) == json.loads(warm.stderr)
 

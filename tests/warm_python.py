@@ -28,6 +28,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -45,14 +46,15 @@ PER_PROCESS = {
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE",
     "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "NNODES", "NPROC_PER_NODE", "GPU_SHARES", "PWD", "OLDPWD", "SHLVL", "_", "COLUMNS", "LINES", "PYTHONPATH",
-    "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "TEST_RUN", "CUDA_VISIBLE_DEVICES", "SPT_NOENV",
+    "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "TEST_RUN", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",
+    "PYTHONSAFEPATH", "SPT_NOENV",
 }  # fmt: skip
 PER_PROCESS_PREFIX = "RAY_"  # Ray reads its own while it is imported: a zygote does not import it
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("mnt", "net", "pid", "user", "uts")
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator would start one
-# Flags that change nothing here. A command with any other starts the real interpreter.
-FLAGS = {"-u", "-B"}
+# Flags that this file knows. A command with any other starts the real interpreter.
+FLAGS = {"-u", "-B", "-P"}
 # What a zygote imports. Names that an environment lacks are passed over.
 BASE = ("torch", "torch.distributed.run", "torch.distributed.elastic.multiprocessing.api", "transformers.models.auto",
         "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
@@ -94,19 +96,22 @@ def client(arguments: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WARM_")}
     is_module = len(command) > 1 and command[0] in ("-m", "-c")
     is_script = bool(command) and command[0].endswith(".py")
-    ray_service = is_script and "/site-packages/ray/" in command[0] and "/workers/" not in command[0]
-    if not (is_module or is_script) or ray_service or "PYTHONSAFEPATH" in environment:
+    # Of Ray's own processes only workers, and the agent that names their interpreter, import what a zygote has.
+    ray_service = is_script and "/ray/" in command[0] and not re.search("/workers/|/runtime_env/", command[0])
+    if not (is_module or is_script) or ray_service:
         os.execve(os.environ["WARM_PYTHON"], [os.environ["WARM_PYTHON"], *arguments], environment)
     connection = connect(import_list(command, environment), environment)
     files = sorted(int(name) for name in os.listdir("/proc/self/fd"))
     files = [fd for fd in files if fd != connection.fileno() and os.path.exists(f"/proc/self/fd/{fd}")]
     ignored = [s for s in signal.valid_signals() if s > 0 and signal.getsignal(s) == signal.SIG_IGN]
     request = {
-        "command": command, "unbuffered": "-u" in arguments[:flags], "environment": environment, "cwd": os.getcwd(),
+        "command": command, "flags": arguments[:flags], "environment": environment, "cwd": os.getcwd(),
         "files": files, "ignored": [int(s) for s in ignored], "parent": os.getppid(), "umask": os.umask(0),
         "limits": {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS},
         "executable": f"{os.environ['WARM_FOLDER']}/bin/python",
     }  # fmt: skip
+    everything = signal.valid_signals()
+    request["blocked"] = [int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, everything)]
     body = json.dumps(request).encode()
     socket.send_fds(connection, [struct.pack("!I", len(body))], files)
     connection.sendall(body)
@@ -122,6 +127,7 @@ def client(arguments: list[str]) -> None:
         with contextlib.suppress(OSError):
             if number not in ignored:
                 signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, everything)
     code = int(read_line(connection) or 1)
     if code < 0:
         if -code != signal.SIGKILL:
@@ -284,12 +290,13 @@ def become(request: dict) -> None:
             signal.signal(number, signal.default_int_handler)
         elif number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         old = getattr(sys, name)
         lines = name == "stderr" or os.isatty(fd)
         buffering = 1 if lines else -1
         new = os.fdopen(fd, mode, encoding=old.encoding, errors=old.errors, buffering=buffering, closefd=False)
-        if name == "stdout" and (request["unbuffered"] or os.environ.get("PYTHONUNBUFFERED")):
+        if name == "stdout" and ("-u" in request["flags"] or os.environ.get("PYTHONUNBUFFERED")):
             new.reconfigure(write_through=True)
         setattr(sys, name, new)
         setattr(sys, f"__{name}__", new)
@@ -310,7 +317,8 @@ def become(request: dict) -> None:
         sys.argv, first = ["-m", *command[2:]], os.getcwd()
     else:
         sys.argv, first = command, os.path.dirname(os.path.realpath(command[0]))
-    sys.path[:0] = [first, *extra]
+    safe_path = "-P" in request["flags"] or os.environ.get("PYTHONSAFEPATH")
+    sys.path[:0] = extra if safe_path else [first, *extra]
     if command[0] == "-m":
         import runpy
 
