@@ -159,7 +159,8 @@ def undisturbed(cluster):
     folder = finished_run(PROJECT, *RESUME, "tracking.backend=wandb", **cluster)
     output = output_of(folder)
     assert len(losses(folder)) == 20
-    assert "20/20" in output and output.count("held-out loss    ") == 1  # the bar is shown, and each line once
+    # The progress is shown, and each line once.
+    assert "Training: 100% (20 of 20 steps)" in output and output.count("held-out loss    ") == 1
     return folder
 
 
