@@ -10,7 +10,6 @@ import importlib.util
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from common import smollm2
 from common.config import BaseConfig
-from common.errors import UserError
+from common.errors import UserError, causes
 
 ATTEMPTS = 4
 BACKOFF_SECONDS = 2.0  # doubles with every attempt
@@ -111,7 +110,7 @@ def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
 
     `error` may come from huggingface_hub, transformers or datasets: they wrap each other's errors, so the causes count.
     """
-    chain = list(_causes(error))
+    chain = list(causes(error))
     text = "\n".join(f"{type(e).__name__}: {e}" for e in chain)
     if kind == "model":
         key, page, local = "model", f"{constants.ENDPOINT}/{name}", "model.name may also be a local folder"
@@ -233,9 +232,9 @@ def _why_not_uploaded(error: Exception) -> str:
 
 def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     """Seconds until the next attempt, or None where another one makes no sense."""
-    if attempt == ATTEMPTS or constants.HF_HUB_OFFLINE or not any(map(_is_temporary, _causes(error))):
+    if attempt == ATTEMPTS or constants.HF_HUB_OFFLINE or not any(map(_is_temporary, causes(error))):
         return None
-    headers = next((e.response.headers for e in _causes(error) if getattr(e, "response", None) is not None), {})
+    headers = next((e.response.headers for e in causes(error) if getattr(e, "response", None) is not None), {})
     asked = headers.get("Retry-After", "")  # a number of seconds; the Hub sends no dates
     wait = float(asked) if asked.isdigit() else BACKOFF_SECONDS * 2 ** (attempt - 1)
     return wait if wait <= LONGEST_WAIT else None
@@ -256,18 +255,9 @@ def _may_write(account: dict[str, Any], repo_id: str) -> bool:
     return owner in (account.get("name"), *(group.get("name") for group in account.get("orgs", [])))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error` and everything that it was raised from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _status(error: BaseException) -> int | None:
     """The HTTP status that `error` or a cause of it carries."""
-    return next((e.response.status_code for e in _causes(error) if getattr(e, "response", None) is not None), None)
+    return next((e.response.status_code for e in causes(error) if getattr(e, "response", None) is not None), None)
 
 
 def _is_temporary(error: BaseException) -> bool:

@@ -59,8 +59,9 @@ def test_the_end_is_that_of_the_program():
 
 
 def test_signals_reach_the_program_and_it_dies_with_its_client():
-    code = "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: print('heard', flush=True))\n"
-    code += "import os; print(os.getpid(), flush=True)\ntime.sleep(60)\ntime.sleep(60)"
+    # os.write: the signal may come while the line below is still inside print, which cannot be entered again.
+    code = "import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'heard\\n'))\n"
+    code += "print(os.getpid(), flush=True)\ntime.sleep(60)\ntime.sleep(60)"
     process = subprocess.Popen([PYTHON, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())
     assert pid != process.pid

@@ -162,8 +162,6 @@ def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.soc
 
 def start_zygote(path: str, imports: tuple[str, ...], environment: dict[str, str]) -> None:
     ready, write_end = os.pipe()
-    with open(f"{path}.env", "w") as file:  # to find out why there is another zygote
-        json.dump([imports, environment], file)
     with open(f"{path}.log", "ab") as log:
         process = subprocess.Popen(
             [os.environ["WARM_PYTHON"], __file__, "--zygote", path, os.environ["WARM_OWNER"], str(write_end), *imports],
