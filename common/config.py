@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import difflib
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common import launched
+from common import errors, launched
 from common.errors import UserError
 from common.files import write_whole
 
@@ -136,23 +137,29 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
 
     FILE is a path, or the name of a file next to the script; the default is the `config.yaml` next to the script,
     whatever the current folder holds. Also settles what a launcher has set in the environment (`launched.settle`).
-    Raises `UserError` for a missing or broken file, an unknown key, a wrong type, a bad value, a contradiction.
+    With `--check`, ends the process after the check. Raises `UserError` for a missing or broken file, an unknown key, a
+    wrong type, a bad value, a contradiction.
     """
-    launched.settle()
     folder = Path(script).resolve().parent
     parser = argparse.ArgumentParser(
         prog=f"{folder.name}/{Path(script).name}",
-        usage="%(prog)s [--config FILE] [key=value ...]",
+        usage="%(prog)s [--config FILE] [--check] [key=value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys:\n" + describe_keys(config_class),
         allow_abbrev=False,
     )
     file_help = "YAML file: a path, or a name next to the script (default: config.yaml there)"
     parser.add_argument("--config", default=str(folder / "config.yaml"), metavar="FILE", help=file_help)
+    parser.add_argument("--check", action="store_true", help="check the settings, and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it; it is in LOCAL_RANK too
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments, unknown = parser.parse_known_intermixed_args(argv)  # --config may stand between the settings
     for flag in unknown:
         raise UserError(f"unknown option {flag}: settings are written key=value, without dashes (see --help)")
+    if arguments.check:
+        launched.forget()  # by launch.sh, before its launcher sets them
+    else:
+        launched.settle()
 
     path = next((p for p in (Path(arguments.config), folder / arguments.config) if p.is_file()), None)
     if path is None:
@@ -165,7 +172,18 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
             setattr(section, name, str(Path(getattr(section, name)).expanduser()))
     if not config.output_dir:
         config.output_dir = str(REPOSITORY / "runs" / folder.name / path.stem)
+    if arguments.check:
+        sys.exit()
     return config
+
+
+def check_command_line(config_class: type[BaseConfig], script: str) -> None:
+    """Answer `--help`, `--check` and a wrong setting right away.
+
+    A script calls this before it imports torch, which takes seconds.
+    """
+    with errors.reported():
+        parse_config(config_class, script)
 
 
 def load_config(config_class: type[C], path: Path, overrides: list[str]) -> C:

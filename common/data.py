@@ -27,7 +27,6 @@ import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm.auto import tqdm
 
 from common import pydoc_data
 from common.chat import assistant_spans
@@ -35,6 +34,7 @@ from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
 from common.loss import IGNORE, count_targets
+from common.progress import track
 
 if TYPE_CHECKING:
     import datasets
@@ -280,9 +280,7 @@ def tokenize(
     dropped, cut = Counter(), Counter()
     too_long = f"longer than data.max_length={data.max_length}"
     starts = range(0, len(rows), ROWS_AT_ONCE)
-    for start in tqdm(
-        starts, desc="Tokenizing", unit="k rows", disable=not show_progress or len(starts) < 20, leave=False
-    ):
+    for start in track(starts, "tokenizing", "k row", len(starts), shown=show_progress):
         encoded = encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)
         for source, (ids, targets) in enumerate(encoded, start):
             row_labels = _mask(ids, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -52,15 +53,22 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and end the process: 0 when it is done, 2 with one `error:` line for a mistake of the user's, 130
-    after Ctrl-C.
+    """Call `main` and end the process: with what it returns, or as `reported` ends it."""
+    with reported():
+        sys.exit(main() or 0)
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Run the block; end the process with 2 and one `error:` line after a user error, with 130 after Ctrl-C.
 
     Under a launcher every rank meets the same mistake, or meets its echo when rank 0 has left. Rank 0 speaks at once;
     another rank waits until the launcher has ended it, and speaks only if nobody did: then the error is its own.
     """
     protect_output()
     try:
-        sys.exit(_main(main) or 0)
+        with _full_disk_explained():
+            yield
     except UserError as error:
         rank = _rank()
         if rank and _launcher_has_spoken():
@@ -81,9 +89,10 @@ def run(main: Callable[[], int | None]) -> None:
         raise
 
 
-def _main(main: Callable[[], int | None]) -> int | None:
+@contextlib.contextmanager
+def _full_disk_explained() -> Iterator[None]:
     try:
-        return main()
+        yield
     except Exception as error:
         if full := full_disk(error):
             raise full from None

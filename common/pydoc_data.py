@@ -7,11 +7,17 @@ Every Python carries it, so it needs no network and no licence beyond Python's o
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
+import hashlib
 import inspect
+import json
 import sys
 import sysconfig
+import uuid
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from common.errors import UserError
 
@@ -21,22 +27,47 @@ SKIPPED = {"__phello__", "antigravity", "idlelib", "lib2to3", "test", "this", "t
 
 @functools.cache
 def rows() -> list[dict]:
-    """One row a documented module, class, function or method: `prompt`, `response`, and the same as `text`, `messages`.
+    """One row per documented module, class, function or method: `prompt`, `response`, both as `text` and as `messages`.
 
-    About 4,400 rows. Raises `UserError` where Python has no readable standard library sources.
+    About 4,400 rows. To parse the library takes a second, so they are kept in the cache, below HF_HOME, until a source
+    file changes. Raises `UserError` if Python has no readable standard library sources.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, dict] = {}
-    for module in sorted(sys.stdlib_module_names - SKIPPED):
-        for path in (library / f"{module}.py", library / module / "__init__.py"):
-            if path.is_file():
-                for prompt, response in _questions(module, path):
-                    found.setdefault(prompt, _row(prompt, response))  # a redefinition (by platform) is dropped
+    sources = [
+        (module, path)
+        for module in sorted(sys.stdlib_module_names - SKIPPED)
+        for path in (library / f"{module}.py", library / module / "__init__.py")
+        if path.is_file()
+    ]
+    files = [Path(__file__), *(path for _, path in sources)]
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps([sys.version, state]).encode()).hexdigest()[:16]
+    cached = Path(constants.HF_HOME) / "multi-gpu-fine-tuning" / f"pydoc-{digest}.json"
+    try:
+        found = json.loads(cached.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+        for module, path in sources:
+            for prompt, response in _questions(module, path):
+                found.setdefault(prompt, response)  # a redefinition (by platform) is dropped
+        _keep(found, cached)
     if len(found) < 1000:
         raise UserError(
             f"data.name=pydoc: only {len(found)} docstrings in {library}: is this Python without its sources?"
         )
-    return list(found.values())
+    return [_row(prompt, response) for prompt, response in found.items()]
+
+
+def _keep(found: dict[str, str], cached: Path) -> None:
+    """Write the cache atomically; several processes may do so at once. If it cannot be written, nothing is lost."""
+    with contextlib.suppress(OSError):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{uuid.uuid4().hex}.partial")
+        try:
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            partial.replace(cached)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _row(prompt: str, response: str) -> dict:

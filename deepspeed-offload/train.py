@@ -14,12 +14,17 @@ The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters,
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import deepspeed
 import torch
@@ -33,29 +38,11 @@ from memory_plan import check_memory
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.ds_settings import restore_scaler, scaler_state
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
-
-PROJECT = "deepspeed-offload"
-
-
-@dataclass
-class OffloadConfig:
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
-    optimizer: str = key(
-        "cpu_adam", "AdamW on the CPU: DeepSpeed's, compiled on first use, or torch's", choices=("cpu_adam", "torch")
-    )
-    page_lock: bool = key(True, "lock the host buffers that the GPU reads and writes: faster copies, no memory more")
-    group_millions: float = key(64, "parameters, in millions, that AdamW updates at a time", minimum=0.001)
-
-
-@dataclass
-class Config(BaseConfig):
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
@@ -293,8 +280,7 @@ def master(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    # The deepspeed launcher adds --local_rank, which stands in the environment as well.
-    train(parse_config(Config, __file__, [a for a in sys.argv[1:] if not a.startswith("--local_rank")]))
+    train(parse_config(Config, __file__))
     dist.destroy_process_group()
 
 

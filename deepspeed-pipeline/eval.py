@@ -17,9 +17,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 try:
-    from train import PROJECT, Config
+    from settings import PROJECT, Config
 
-    from common.config import parse_config
+    from common.config import check_command_line, parse_config
+
+    if __name__ == "__main__":
+        check_command_line(Config, __file__)  # before torch is imported, which takes seconds
+
     from common.errors import run
     from common.evaluation import compare
 except ModuleNotFoundError as error:  # another Python than launch.sh's

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from masters import read_state
-from train import PROJECT, Config
+from settings import PROJECT, Config
 
 from common import models
 from common.checkpoints import Checkpoints

@@ -15,13 +15,18 @@ states a micro-batch and its gradient on the way back: little, where the links b
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import deepspeed
 import torch
@@ -36,28 +41,13 @@ from transformers import PreTrainedModel
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.ds_settings import engine_settings, restore_scaler, scaler_state
 from common.hub import check_can_push
 from common.metrics import peak_gpu_gib
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
 
-PROJECT = "deepspeed-pipeline"
 GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be larger
-
-
-@dataclass
-class PipelineConfig:
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
-    stages: int = key(0, "stages that the layers are cut into, each on a process of its own; 0: one on each", minimum=0)
-    partition: str = key("measured", "decoder layers of each stage, such as 10,6; measured: by the times of layer and "
-                         "head on this device; computed: by their operations")  # fmt: skip
-
-
-@dataclass
-class Config(BaseConfig):
-    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
@@ -309,8 +299,7 @@ def gather_masters(zero, model: PreTrainedModel, device: torch.device):
 
 
 def main() -> None:
-    # The deepspeed launcher adds --local_rank, which stands in the environment as well.
-    train(parse_config(Config, __file__, [a for a in sys.argv[1:] if not a.startswith("--local_rank")]))
+    train(parse_config(Config, __file__))
     dist.destroy_process_group()
 
 

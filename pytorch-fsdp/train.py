@@ -17,9 +17,15 @@ import math
 import os
 import time
 import warnings
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import torch
 import torch.distributed as dist
@@ -31,27 +37,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
-
-PROJECT = "pytorch-fsdp"
-
-
-@dataclass
-class FSDPConfig:
-    reshard_after_forward: bool = key(True, "drop a layer's gathered weights until its backward gathers them again")
-    no_sync: bool = key(False, "reduce gradients once a step, not after every micro-batch: 4 bytes a parameter more")
-    prefetch: int = key(1, "layers whose weights are gathered ahead, while another computes", minimum=0)
-    cpu_offload: bool = key(False, "keep weights, gradients and Adam's moments in host memory, and step there")
-
-
-@dataclass
-class Config(BaseConfig):
-    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:

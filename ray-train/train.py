@@ -21,8 +21,14 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import deepspeed
 import ray.train
@@ -37,27 +43,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.ds_settings import restore_scaler, scaler_state
 from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
-
-PROJECT = "ray-train"
-
-
-@dataclass
-class RayConfig:
-    workers: int = key(0, "workers, one a GPU; 0: as many as the cluster has GPUs, or two on the CPU", minimum=0)
-    max_failures: int = key(3, "times that Ray starts the workers again after one has died", minimum=0)
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
-
-
-@dataclass
-class Config(BaseConfig):
-    ray: RayConfig = field(default_factory=RayConfig)
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
@@ -265,8 +256,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
 
 
 def main() -> int:
-    # The deepspeed launcher adds --local_rank, which stands in the environment as well.
-    cfg = parse_config(Config, __file__, [a for a in sys.argv[1:] if not a.startswith("--local_rank")])
+    cfg = parse_config(Config, __file__)
     if cfg.train.compile:  # measured: right on a CPU; on a GPU, fp16, the gradients' norm was 4.6 in place of 5.8
         raise UserError(
             "train.compile=true: under ZeRO-3 compiled layers had wrong gradients on a GPU: set it to false"

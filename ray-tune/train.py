@@ -19,9 +19,15 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from settings import PROJECT, Config
+
+from common.config import accumulation_steps, check_command_line, parse_config
+
+if __name__ == "__main__":
+    check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
 import asha
 import cluster
@@ -37,7 +43,6 @@ from watch import Stopping, Watch
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.config import BaseConfig, accumulation_steps, key, parse_config
 from common.console import output_to
 from common.errors import UserError
 from common.export import check_export
@@ -46,27 +51,6 @@ from common.loss import CausalLMLoss
 from common.ray_address import joined
 from common.run_folder import RunFolder, write_json
 from common.schedule import lr_schedule
-
-PROJECT = "ray-tune"
-
-
-@dataclass
-class SearchConfig:
-    space: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "train. key → {choice|uniform|log_uniform: […]}"}
-    )
-    trials: int = key(6, "trials, the first of which has the configuration's own values", minimum=1)
-    algorithm: str = key("random", "who chooses the values", choices=("random", "optuna"))
-    scheduler: str = key("asha", "asha: stop bad trials early; none: train all to the end", choices=("asha", "none"))
-    grace_period: int = key(50, "optimizer steps before a trial can be stopped: the first rung", minimum=1)
-    reduction_factor: int = key(3, "the best 1/so many go on; each rung is so many times the one before", minimum=2)
-    gpus_per_trial: float = key(1.0, "share of a GPU that a trial takes: 0.5 runs two on each", minimum=0.05)
-    concurrent_trials: int = key(0, "at most so many at a time; 0: as many as the GPUs take, two on a CPU", minimum=0)
-
-
-@dataclass
-class Config(BaseConfig):
-    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 def setup_device(cfg: Config) -> torch.device:

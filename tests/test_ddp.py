@@ -253,7 +253,7 @@ def test_rows_that_are_no_text_and_an_empty_file(tmp_path):
     rows.write_text("".join(json.dumps({"text": i}) + "\n" for i in range(100)))
     settings = [*SMOKE, "data.format=text", f"data.name={rows}", f"output_dir={tmp_path / 'run'}"]
     line = error_line(run(PROJECT, *settings, processes=1, exit_code=2))
-    assert "rows.jsonl" in line and "column text holds int" in line
+    assert "rows.jsonl" in line and "row 1: column text holds a number" in line
     rows.write_text("")
     assert "is empty" in error_line(run(PROJECT, *settings, processes=1, exit_code=2))
 

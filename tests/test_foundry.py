@@ -340,6 +340,12 @@ for name, settings in json.loads(sys.argv[2]).items():
 """
 
 
+# As a launcher sets it: the group that the first of them joins is still there for the next one.
+GROUP_OF_ONE = dict.fromkeys(("RANK", "LOCAL_RANK", "NODE_RANK"), "0") | {
+    "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"
+}  # fmt: skip
+
+
 # What config.yaml owns, as a file of one's own might have it.
 OTHERWISE = {
     "max_seq_len": 64,
@@ -433,7 +439,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
     done = subprocess.run(
         [REPOSITORY / ".venv-foundry/bin/python", "-c", MISTAKES, str(REPOSITORY / PROJECT),
          json.dumps({name: [*common, *settings] for name, (settings, _) in mistakes.items()})],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=REPOSITORY, env=environment(**GROUP_OF_ONE), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     told = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert told.keys() == mistakes.keys(), done.stdout + done.stderr
@@ -469,7 +475,9 @@ def test_the_data_can_be_written_by_hand(tmp_path):
 def a_repository(folder, requirements: str):
     """build_environment.sh where it builds another, small environment."""
     (folder / PROJECT).mkdir(parents=True)
-    shutil.copy(REPOSITORY / PROJECT / "build_environment.sh", folder / PROJECT)
+    (folder / "common").mkdir()
+    for script in (f"{PROJECT}/build_environment.sh", "common/new_environment.sh"):
+        shutil.copy(REPOSITORY / script, folder / script)
     (folder / PROJECT / "requirements.txt").write_text(requirements)
     return subprocess.Popen, {
         "args": [folder / PROJECT / "build_environment.sh"],
