@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from common import data, models, runtime
 from common.config import REPOSITORY, BaseConfig, load_config
-from common.report import read_metrics, save_figure, style_axes
+from common.plots import save_figure, style_axes
+from common.report import read_metrics
 
 STEPS = 30
 SETTINGS = [

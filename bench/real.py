@@ -43,7 +43,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from common.config import REPOSITORY
-from common.report import COLOURS, LINE_STYLES, read_json, read_metrics, save_figure, smoothed, style_axes
+from common.plots import COLOURS, LINE_STYLES, save_figure, smoothed, style_axes
+from common.report import read_json, read_metrics
 from common.results import PLAIN, band
 
 RESULTS = REPOSITORY / "results/real"

@@ -6,17 +6,19 @@ the JSON: two places for one setting would sooner or later differ. Which keys a 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from common.config import BaseConfig
 from common.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScalerBase
 
 # The loss scaler's keys, as a project's `known` has them.
@@ -58,6 +60,22 @@ OWNED_BY_YAML = {
     "checkpoint": "checkpoint.every and checkpoint.keep",
     "seed": "seed",
 }
+
+
+@contextlib.contextmanager
+def without_mlflow() -> Iterator[None]:
+    """For `import deepspeed`: its autotuner, unused here, would import MLflow if it is installed, which takes a second.
+
+    A module that is None in `sys.modules` counts as missing.
+    """
+    loaded = sys.modules.get("mlflow")
+    sys.modules["mlflow"] = None
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+        if loaded:
+            sys.modules["mlflow"] = loaded
 
 
 def read_ds_config(
@@ -121,6 +139,8 @@ def engine_settings(
 
     Raises `UserError` for a precision that DeepSpeed does not offer on this device: with `has_fp16` False, fp16.
     """
+    import torch  # here: train.py takes `without_mlflow` from this module before it imports torch
+
     if dtype == torch.float16 and not has_fp16:
         raise UserError("train.precision=fp16: DeepSpeed has no fp16 on this CPU; set train.precision=fp32 or bf16")
     return ds_config | {

@@ -15,18 +15,22 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from common import models
 from common.config import ModelConfig
 from common.errors import UserError
 from common.small_model import small_copies, transformers_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE_SIZE = 1_000_000_000  # bytes of a safetensors file, and so of what the main process holds at a time
 OURS = ("README.md", "config.json")  # the model card is the trained model's; config.json names the weights' type
@@ -216,6 +220,8 @@ def write_weights(
 
 
 def _save_part(shape: PreTrainedModel, tensors: dict[str, Tensor], folder: Path, number: int) -> Path:
+    from transformers import modeling_utils  # here: only a rank with a model needs it, and it takes a second
+
     place = folder / f"part-{number}"
     generation, shape.generation_config = shape.generation_config, GenerationConfig()  # the base's may not be valid
     # transformers lets accelerate unwrap the model, which `shape` does not need. It would import DeepSpeed, if that is

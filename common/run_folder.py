@@ -225,7 +225,9 @@ class RunFolder:
 
     def _plots(self) -> list[Path]:
         try:
-            return report.plot_training(self.path)
+            from common import plots
+
+            return plots.plot_training(self.path)
         except Exception as error:  # Matplotlib's fonts or caches, say: the run is a good one without pictures
             print(
                 f"warning: the plots were not drawn: {str(error) or type(error).__name__}. To draw them: python -m "

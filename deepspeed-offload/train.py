@@ -22,11 +22,14 @@ from pathlib import Path
 from settings import PROJECT, Config
 
 from common.config import accumulation_steps, check_command_line, parse_config
+from common.ds_settings import without_mlflow
 
 if __name__ == "__main__":
     check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
-import deepspeed
+with without_mlflow():
+    import deepspeed
+
 import torch
 import torch.distributed as dist
 from cpu_adam_op import build_cpu_adam, replay_steps

@@ -15,17 +15,19 @@ import contextlib
 import functools
 import io
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
 
 from common.config import BaseConfig
 from common.errors import UserError
 from common.loss import check_loss, chunked_losses, token_losses
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = ("llama", "qwen2")  # what `DecoderLayer` calls and `decoder_specs` takes apart is theirs
 

@@ -20,15 +20,19 @@ import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from settings import PROJECT, Config
 
 from common.config import accumulation_steps, check_command_line, parse_config
+from common.ds_settings import without_mlflow
 
 if __name__ == "__main__":
     check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
-import deepspeed
+with without_mlflow():
+    import deepspeed
+
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -37,7 +41,6 @@ from gradient_norm import sum_once
 from masters import KINDS, pieces, read_state, write_state
 from partition import costs, describe, layers_by_stage
 from stages import DecoderPipeline, check_family, check_head, checkpoint_activations, stage_count, warn_of_waiting
-from transformers import PreTrainedModel
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
@@ -46,6 +49,9 @@ from common.hub import check_can_push
 from common.metrics import peak_gpu_gib
 from common.run_folder import RunFolder
 from common.schedule import lr_schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be larger
 

@@ -24,8 +24,8 @@ try:
     if __name__ == "__main__":
         check_command_line(Config, __file__)  # before torch is imported, which takes seconds
 
+    from common.comparison import compare
     from common.errors import run
-    from common.evaluation import compare
 except ModuleNotFoundError as error:  # another Python than launch.sh's
     from common.environment import start_again
 

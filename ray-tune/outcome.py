@@ -7,7 +7,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import plots
 import space
 from trials import Record, Spans, Trials, ranking
 
@@ -156,6 +155,8 @@ def show(trials: Trials) -> None:
     ]
     with (root / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heading, *rows])
+    import plots  # here: it imports matplotlib, and every trial imports this module
+
     plots.draw(records, trials, root / "plots")
     print()
     print_table([heading, *([*map(_short, values), f"{seconds:,.1f}"] for *values, seconds in rows)])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from trials import Record, Trials, ranking
 
-from common.report import COLOURS, LINE_STYLES, save_figure, style_axes
+from common.plots import COLOURS, LINE_STYLES, save_figure, style_axes
 
 LOG_FROM = 5  # values that differ by such a factor are drawn on a logarithmic axis
 

@@ -27,7 +27,7 @@ from bench import shares
 from common.deepspeed_launcher import free_port
 
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
-SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.eval_rows=16"]
+SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.train_rows=400", "data.eval_rows=16"]
 STEPS = 30
 # At smoke.yaml's learning rate of 5e-3, rounding errors of the first steps grow to 1e-4 in thirty.
 EQUAL = [

@@ -15,24 +15,12 @@ import transformers
 from conftest import refused
 from matplotlib.image import imread
 
+from common.comparison import check_training, compare, fine_tuned_model
 from common.config import BaseConfig, DataConfig, ModelConfig, save_config
 from common.data import Prompt, load_rows, prompt_tokens, tokenize
 from common.errors import UserError
-from common.evaluation import (
-    answer_scores,
-    check_training,
-    compare,
-    encode_prompt,
-    evaluate,
-    figures,
-    fine_tuned_model,
-    generate,
-    held_out_batches,
-    make_greedy,
-    predicted_bytes,
-    questions,
-    without_rest,
-)
+from common.evaluation import evaluate, figures, held_out_batches, predicted_bytes
+from common.generation import answer_scores, encode_prompt, generate, make_greedy, questions, without_rest
 from common.loss import IGNORE, CausalLMLoss
 from common.models import load_model, load_tokenizer, repeat_grouped_heads
 from common.tracking import start_tracker

@@ -520,3 +520,48 @@ def test_eval_starts_in_any_environment_in_which_launch_does(hostile_folder, tmp
         f"error: {tmp_path}/none/model: no fine-tuned model yet; train first: {project}/launch.sh --config smoke.yaml "
         f"output_dir={tmp_path}/none"
     )
+
+
+# --- what is answered at once
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+@pytest.mark.parametrize(
+    ("argument", "exit_code", "answer"),
+    [
+        ("--help", 0, "train.learning_rate=2e-05  peak learning rate of AdamW"),
+        ("--check", 0, ""),
+        ("train.lerning_rate=1", 2, "error: command line: unknown key train.lerning_rate; did you mean"),
+    ],
+)
+def test_settings_are_checked_before_torch_is_imported(project, argument, exit_code, answer):
+    command = [sys.executable, "-X", "importtime", f"{project}/train.py", argument]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(cold=True), capture_output=True, text=True)
+    assert done.returncode == exit_code, done.stderr
+    imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "common.config" in imported
+    assert not imported & {"torch", "transformers", "deepspeed", "ray", "composer", "matplotlib", "accelerate"}
+    assert answer in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("project", [project for project in PROJECTS if project != "llm-foundry-finetune"])
+def test_importing_a_project_leaves_plots_and_comparison_for_later(project):
+    """A rank needs neither Matplotlib nor Accelerate nor MLflow to train; each takes a second to import."""
+    script = "import sys, train; print(sorted({'matplotlib', 'accelerate', 'mlflow', 'wandb'} & {*sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY / project,
+        env=environment(cold=True, DS_ACCELERATOR="cpu"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_launch_sh_reports_a_wrong_key_once_and_starts_nothing():
+    for project in PROJECTS:
+        command = [REPOSITORY / project / "launch.sh", "--config", "smoke.yaml", "train.lerning_rate=1"]
+        done = subprocess.run(command, env=environment(NPROC_PER_NODE="2"), capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "did you mean train.learning_rate?" in error_line(done.stdout + done.stderr)

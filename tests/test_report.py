@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from common import report
+from common import plots, report
 from common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -59,30 +59,30 @@ def test_step_repeated_after_a_resume_counts_as_it_ran_last():
 
 
 def test_smoothing_keeps_ends_lines_and_means():
-    assert report.smoothed([5.0]) == [5.0]
+    assert plots.smoothed([5.0]) == [5.0]
     line = [float(i) for i in range(100)]
-    assert report.smoothed(line) == pytest.approx(line)  # no lag: a trailing average would lie below
+    assert plots.smoothed(line) == pytest.approx(line)  # no lag: a trailing average would lie below
     zigzag = [(-1.0) ** i for i in range(100)]
-    assert max(map(abs, report.smoothed(zigzag)[10:-10])) < 0.1
-    assert report.smoothed(zigzag)[0] == 1 and abs(report.smoothed(zigzag)[-1]) < 0.3
+    assert max(map(abs, plots.smoothed(zigzag)[10:-10])) < 0.1
+    assert plots.smoothed(zigzag)[0] == 1 and abs(plots.smoothed(zigzag)[-1]) < 0.3
 
 
 def test_training_plots_show_their_data(tmp_path):
     run = write_run(tmp_path / "run")
-    paths = report.plot_training(run)
+    paths = plots.plot_training(run)
     assert [p.name for p in paths] == ["loss.png", "learning_rate.png", "throughput.png", "memory.png"]
     for path in paths:
         assert path.parent == run / "plots"
-        assert colour_share(path, report.COLOURS[0]) > 1e-3, path
+        assert colour_share(path, plots.COLOURS[0]) > 1e-3, path
     for name in ("loss", "throughput", "memory"):  # held-out points, median, host memory
-        assert colour_share(run / "plots" / f"{name}.png", report.COLOURS[1]) > 5e-4, name
+        assert colour_share(run / "plots" / f"{name}.png", plots.COLOURS[1]) > 5e-4, name
 
 
 def test_plot_without_gpu_leaves_gpu_memory_out(tmp_path):
     run = write_run(tmp_path / "run", gpu=0)
-    report.plot_training(run)
-    assert colour_share(run / "plots" / "memory.png", report.COLOURS[0]) == 0
-    assert colour_share(run / "plots" / "memory.png", report.COLOURS[1]) > 5e-4
+    plots.plot_training(run)
+    assert colour_share(run / "plots" / "memory.png", plots.COLOURS[0]) == 0
+    assert colour_share(run / "plots" / "memory.png", plots.COLOURS[1]) > 5e-4
 
 
 def test_summary_of_a_whole_run(tmp_path, capsys):
@@ -112,9 +112,9 @@ def test_evaluation_plot_shows_both_models(tmp_path):
     tuned = {"loss": 2.0, "perplexity": 7.4, "token_accuracy": 0.56, "bits_per_byte": 0.7}
     results = {"project": "pytorch-ddp", "rows": 200, "base": base, "fine_tuned": tuned}
     (tmp_path / "eval.json").write_text(json.dumps(results))
-    path = report.plot_evaluation(tmp_path)
+    path = plots.plot_evaluation(tmp_path)
     assert path == tmp_path / "plots" / "eval.png"
-    lower, higher = colour_share(path, report.COLOURS[1]), colour_share(path, report.COLOURS[0])
+    lower, higher = colour_share(path, plots.COLOURS[1]), colour_share(path, plots.COLOURS[0])
     assert 0.02 < lower < higher  # three of the four figures fell
 
 
@@ -129,7 +129,7 @@ def test_command_compares_runs_without_torch(tmp_path):
     assert max(map(len, lines[:4])) <= 100
     assert any(line.startswith("pytorch-ddp ") and "20,000" in line for line in lines)
     assert any(line.startswith("pytorch-fsdp") and "10,000" in line for line in lines)
-    bars = [colour_share(tmp_path / "comparison.png", colour) for colour in report.COLOURS[:2]]
+    bars = [colour_share(tmp_path / "comparison.png", colour) for colour in plots.COLOURS[:2]]
     assert bars[0] / bars[1] == pytest.approx(2, rel=0.2)  # a bar twice as long
 
 
@@ -203,17 +203,17 @@ def test_runs_whose_losses_cannot_be_compared_have_tables_and_plots_of_their_own
     order = [line.split()[0] for line in out.splitlines() if line.startswith("project-")]
     assert len(tables) == 2 and order == ["project-a", "project-b", "project-c"]
     assert "note: 2 tables" in out and "differ in" not in out
-    path = report.plot_comparison(runs)
-    one_table = report.plot_comparison([runs[0], runs[2]])
+    path = plots.plot_comparison(runs)
+    one_table = plots.plot_comparison([runs[0], runs[2]])
     assert path == one_table == tmp_path / "comparison.png"
     assert report.comparable(runs) == [[runs[0], runs[2]], [runs[1]]]
 
 
 def test_a_row_of_the_plot_for_each_model(tmp_path):
     runs = [with_conditions(write_run(tmp_path / name, f"project-{name}"), T4S) for name in ("a", "b")]
-    height = imread(report.plot_comparison(runs)).shape[0]
+    height = imread(plots.plot_comparison(runs)).shape[0]
     with_conditions(runs[1], T4S, model__name="tiny:opt")
-    assert imread(report.plot_comparison(runs)).shape[0] == 2 * height
+    assert imread(plots.plot_comparison(runs)).shape[0] == 2 * height
     assert not list(tmp_path.glob(".*"))
 
 

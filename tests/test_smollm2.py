@@ -10,7 +10,7 @@ import transformers
 from conftest import refused
 from huggingface_hub import constants
 
-from common import data, evaluation, export, hub, models, smollm2
+from common import data, export, generation, hub, models, smollm2
 from common.config import BaseConfig, DataConfig, ModelConfig
 from common.loss import CausalLMLoss
 
@@ -83,9 +83,9 @@ def test_it_answers_a_question_through_its_chat_template(loaded):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert prompt.startswith("<|im_start|>system\n") and prompt.endswith("<|im_start|>assistant\n")
-    ids = evaluation.encode_prompt(data.Prompt(prompt, "The"), DataConfig(format="messages"), tokenizer, 256)
-    evaluation.make_greedy(model, tokenizer)
-    (answer,) = evaluation.generate(model, tokenizer, [ids], 16, torch.float32)
+    ids = generation.encode_prompt(data.Prompt(prompt, "The"), DataConfig(format="messages"), tokenizer, 256)
+    generation.make_greedy(model, tokenizer)
+    (answer,) = generation.generate(model, tokenizer, [ids], 16, torch.float32)
     assert answer == "The capital of France is Paris."  # and ends there, at the model's own EOS
 
 

@@ -16,7 +16,7 @@ from tokenizers_made import KINDS, MARKS, TEMPLATES, tokenizer_of_kind, without_
 from common.chat import assistant_spans
 from common.config import DataConfig
 from common.data import prompt_and_reference, prompt_tokens, tokenize
-from common.evaluation import encode_prompt
+from common.generation import encode_prompt
 from common.loss import IGNORE
 
 EXACT = "byte-level"  # the kind whose offsets leave nothing out, with the vocabulary of the second
