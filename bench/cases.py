@@ -48,10 +48,13 @@ def start_command(case: Case) -> tuple[list[str], list[str]]:
     foundry = str(REPOSITORY / ".venv-foundry/bin/python")  # LLM Foundry's environment is its own
     return {
         "torchrun": (
-            [*python, "-m", "common.torchrun", "--standalone", "--nproc_per_node", count],
+            [*python, "-m", "launchers.torchrun", "--standalone", "--nproc_per_node", count],
             ["torchrun", "--nproc_per_node", count],
         ),
-        "deepspeed": ([*python, "-m", "common.deepspeed_launcher", count], ["deepspeed", "--num_accelerators", count]),
+        "deepspeed": (
+            [*python, "-m", "launchers.deepspeed_launcher", count],
+            ["deepspeed", "--num_accelerators", count],
+        ),
         "composer": ([foundry, "llm-foundry-finetune/composer_launcher.py", "-n", count], ["composer", "-n", count]),
         "python": (python, ["python"]),  # which starts processes by itself
     }[case.launcher]
@@ -70,7 +73,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
     if shares:
         variables = {k: v for k, v in variables.items() if k != "CUDA_VISIBLE_DEVICES"} | {"GPU_SHARES": str(shares)}
         if not by_ray:
-            script.insert(0, "common/gpu_share.py")
+            script.insert(0, "launchers/gpu_share.py")
     start, shown = start_command(case)
     with contextlib.ExitStack() as stack:
         folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -141,7 +144,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         type=int,
         default=0,
         metavar="N",
-        help="each process has 1/N of a GPU (common/gpu_share.py)",
+        help="each process has 1/N of a GPU (launchers/gpu_share.py)",
     )
     parser.add_argument(
         "--turns", action="store_true", help="with --shares: the processes take turns on all of the GPU"

@@ -40,7 +40,7 @@ sys.path[:0] = [str(REPOSITORY / "ray-tune"), str(REPOSITORY)]
 
 import asha  # noqa: E402
 import space  # noqa: E402
-import train  # noqa: E402
+import trial as loop  # noqa: E402
 
 from common import models, runtime  # noqa: E402
 from common.config import ModelConfig, load_config  # noqa: E402
@@ -182,7 +182,7 @@ def replays(draws: list[list[Trial]], noise: float) -> list[dict]:
 
 def real_search(folder: Path, seed: int, trials: list[Trial]) -> dict:
     """A search with early stopping as smoke.yaml has it, beside its replay."""
-    cfg = load_config(train.Config, SMOKE, [])
+    cfg = load_config(loop.Config, SMOKE, [])
     expected = with_our_rule(trials[: cfg.search.trials], cfg.search.grace_period, cfg.search.reduction_factor)
     search(folder, f"seed={seed}")
     summary = read_json(folder / "summary.json")["search"]
@@ -205,18 +205,18 @@ def real_search(folder: Path, seed: int, trials: list[Trial]) -> dict:
 def train_in_order(folder: Path, parameters: dict, seed: int, order: int) -> float:
     """The final held-out loss of a trial of draw `seed`, its weights and rows those of the draw, in another order."""
     torch.set_num_threads(1)
-    cfg = load_config(train.Config, SMOKE, [f"seed={seed}", "tracking.backend=none", "checkpoint.every=0"])
+    cfg = load_config(loop.Config, SMOKE, [f"seed={seed}", "tracking.backend=none", "checkpoint.every=0"])
     weights = folder / "weights"  # of the draw's seed: from a name, they would be those of `order`
     if not (weights / "model.safetensors").exists():
         models.load_model(cfg.model, seed).save_pretrained(weights)
         models.load_tokenizer(cfg.model).save_pretrained(weights)
     tokenizer = models.load_tokenizer(cfg.model)
-    rows, held_out = train.build_dataloaders(cfg, tokenizer)
+    rows, held_out = loop.build_dataloaders(cfg, tokenizer)
     own = str(folder / f"order-{order}")
     run = dataclasses.replace(cfg, model=ModelConfig(str(weights)), seed=order, output_dir=own)
     run.train = space.with_parameters(cfg, parameters)
     stop = SimpleNamespace(reason=None)
-    for _ in train.train(run, tokenizer, rows, held_out, stop, is_trial=True):
+    for _ in loop.train(run, tokenizer, rows, held_out, stop, is_trial=True):
         pass
     return read_json(folder / f"order-{order}" / "summary.json")["eval_loss_after"]
 

@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from common.config import REPOSITORY
 from common.plots import COLOURS, LINE_STYLES, save_figure, smoothed, style_axes
 from common.report import read_json, read_metrics
-from common.results import PLAIN, band
+from tools.results import PLAIN, band
 
 RESULTS = REPOSITORY / "results/real"
 TASKS = {"abstracts": "arxiv-abstracts.jsonl", "gsm8k": "gsm8k-train.jsonl", "messages": "gsm8k-train.jsonl"}

@@ -1,4 +1,4 @@
-"""What common/gpu_share.py needs beside it, for measuring: CUDA's multi-process service, and nodes of Ray.
+"""What launchers/gpu_share.py needs beside it, for measuring: CUDA's multi-process service, and nodes of Ray.
 
 Ray starts its workers by itself, one for each GPU; so each of its nodes has a share of the GPU, and takes it for a
 GPU. What a process allocates on a share is what it would on a GPU of its own; what it computes in a second is its
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from common.deepspeed_launcher import free_port
-from common.gpu_share import share_variables
+from launchers.deepspeed_launcher import free_port
+from launchers.gpu_share import share_variables
 
 RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder
 RAY_START_SECONDS = 120
@@ -47,7 +47,7 @@ def service_log() -> str:
 
 
 def share_of_node(environment: dict[str, str], node: int) -> dict[str, str]:
-    """The share of the GPU that the workers of one of Ray's nodes have: see common/gpu_share.py."""
+    """The share of the GPU that the workers of one of Ray's nodes have: see launchers/gpu_share.py."""
     variables = share_variables(environment | {"LOCAL_RANK": str(node), "WORLD_SIZE": "1"})
     return {name: value for name, value in variables.items() if name.startswith(("CUDA_", "GPU_", "NCCL_"))}
 

@@ -132,13 +132,13 @@ class BaseConfig:
 C = TypeVar("C", bound=BaseConfig)
 
 
-def parse_config(config_class: type[C], script: str, argv: list[str] | None = None) -> C:
+def parse_config(config_class: type[C], script: str, argv: list[str] | None = None, *, run_name: str = "") -> C:
     """The configuration for `script`, from `[--config FILE] [key=value …]` (`sys.argv` when `argv` is None).
 
     FILE is a path, or the name of a file next to the script; the default is the `config.yaml` next to the script,
-    whatever the current folder holds. Also settles what a launcher has set in the environment (`launched.settle`).
-    With `--check`, ends the process after the check. Raises `UserError` for a missing or broken file, an unknown key, a
-    wrong type, a bad value, a contradiction.
+    whatever the current folder holds. The run folder is named after FILE unless `run_name` is set. Also settles what a
+    launcher has set in the environment (`launched.settle`). With `--check`, ends the process after the check. Raises
+    `UserError` for a missing or broken file, an unknown key, a wrong type, a bad value, a contradiction.
     """
     folder = Path(script).resolve().parent
     parser = argparse.ArgumentParser(
@@ -171,7 +171,7 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
         if getattr(section, name).startswith("~"):  # YAML does not expand it, and a shell not behind every `=`
             setattr(section, name, str(Path(getattr(section, name)).expanduser()))
     if not config.output_dir:
-        config.output_dir = str(REPOSITORY / "runs" / folder.name / path.stem)
+        config.output_dir = str(REPOSITORY / "runs" / folder.name / (run_name or path.stem))
     if arguments.check:
         sys.exit()
     return config

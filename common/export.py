@@ -27,7 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from common import models
 from common.config import ModelConfig
 from common.errors import UserError
-from common.small_model import small_copies, transformers_class
+from common.small_model import DTYPE_KEY, small_copies, transformers_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -262,7 +262,7 @@ def _read_back(shape: PreTrainedModel, folder: Path, checksums: dict[str, int]) 
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, output_loading_info=True, **{models.DTYPE_KEY: torch.float32}
+                folder, output_loading_info=True, **{DTYPE_KEY: torch.float32}
             )
         problem = models.load_problem(report)
         if not problem and type(model).__name__ != name:

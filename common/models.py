@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 import transformers
-from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import pydoc_data, smollm2
@@ -25,11 +24,11 @@ from common.config import DataConfig, ModelConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
 from common.local_model import check_model_folder
+from common.small_model import DTYPE_KEY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 # Of files with weights, in any framework's format; and of what else may be large, and belongs to other weights.
 WEIGHT_ENDINGS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot",

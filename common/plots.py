@@ -1,11 +1,10 @@
-"""The plots of a run, of its evaluation, and of several runs next to each other.
+"""The plots of a run and of its evaluation.
 
 Apart from report.py, because matplotlib takes a second to import: a training needs it at its end, and on one rank.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,8 @@ from matplotlib.ticker import PercentFormatter
 
 from common.report import (
     FIGURES,
-    MISSING,
-    comparable,
     read_json,
     read_metrics,
-    read_summary,
-    run_conditions,
-    run_labels,
     series,
 )
 
@@ -109,34 +103,6 @@ def smoothed(values: list[float]) -> list[float]:
     return means + [intercept + slope * i for i in range(reach + 1, len(tenth))]
 
 
-def plot_comparison(run_dirs: list[Path]) -> Path:
-    """Draw the runs' losses and throughputs side by side: `comparison.png` in the folder that holds them all.
-
-    A row for each model and data: as in `print_comparison`, only what can be compared shares an axis.
-    """
-    groups = comparable(run_dirs)
-    names = {run_dir: label for label, run_dir in run_labels(run_dirs).items()}
-    figure = Figure(figsize=(12, 4.5 * len(groups)), dpi=120, layout="constrained")
-    for group, (losses, speeds) in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
-        shared = run_conditions(group[0])
-        what = f"\n{shared['model']} on {shared['data'].partition(',')[0]}" if len(groups) > 1 else ""
-        style_axes(losses, f"training loss, smoothed{what}", "loss (nats per token)")
-        style_axes(speeds, "throughput", "tokens/s, all processes", x_label="")
-        for i, run_dir in enumerate(group):
-            points = series(read_metrics(run_dir), "loss")
-            losses.plot(list(points), smoothed(list(points.values())), label=names[run_dir], linewidth=2, **_look(i))
-        losses.legend(fontsize=9)
-        values = [read_summary(run_dir).get("tokens_per_second") or 0 for run_dir in group]
-        colours = [_look(i)["color"] for i in range(len(group))]
-        bars = speeds.barh([names[run_dir] for run_dir in group], values, color=colours)
-        speeds.bar_label(bars, [f"{v:,.0f}" if v else MISSING for v in values], padding=4, fontsize=9)
-        speeds.set(xlabel="tokens/s, all processes", ylabel="", xlim=(0, max(values) * 1.2 or 1))
-        speeds.invert_yaxis()
-        speeds.grid(axis="y", visible=False)
-        speeds.xaxis.set_major_formatter("{x:,.0f}")
-    return save_figure(figure, Path(os.path.commonpath([p.resolve() for p in run_dirs])) / "comparison.png")
-
-
 def plot_evaluation(run_dir: str | Path) -> Path:
     """Draw `plots/eval.png` from `eval.json`: a panel a figure, the base model beside the fine-tuned one."""
     results = read_json(Path(run_dir) / "eval.json")
@@ -158,7 +124,8 @@ def plot_evaluation(run_dir: str | Path) -> Path:
     return save_figure(figure, Path(run_dir) / "plots" / "eval.png")
 
 
-def _look(number: int) -> dict[str, Any]:
+def look(number: int) -> dict[str, Any]:
+    """Colour and line style of the line `number` of a plot."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINE_STYLES[number % len(LINE_STYLES)]}
 
 

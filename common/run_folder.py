@@ -231,7 +231,7 @@ class RunFolder:
         except Exception as error:  # Matplotlib's fonts or caches, say: the run is a good one without pictures
             print(
                 f"warning: the plots were not drawn: {str(error) or type(error).__name__}. To draw them: python -m "
-                f"common.report {self.path}",
+                f"tools.compare {self.path}",
                 file=sys.stderr,
             )
             return []

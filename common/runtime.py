@@ -49,7 +49,7 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
 def check_process_count() -> None:
     """Raise `UserError` where a launcher started more processes on this machine than it has GPUs, or shares of them."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if share := os.environ.get("GPU_SHARE"):  # from common/gpu_share.py: this process sees one GPU, or none
+    if share := os.environ.get("GPU_SHARE"):  # from launchers/gpu_share.py: this process sees one GPU, or none
         if not gpus:
             raise UserError(f"no GPU for one of {processes} processes, which has {share}: set NPROC_PER_NODE lower")
     elif gpus and processes > gpus:

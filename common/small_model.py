@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import transformers
+from packaging.version import Version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+DTYPE_KEY = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 LAYERS, VOCABULARY, INNER = 2, 96, 64
 # By what they end with, since families name them differently. The width of the hidden states is not among them: some
 # families scale their logits by it.
@@ -33,7 +36,7 @@ def small_copies(model: PreTrainedModel, seed: int = 0) -> Iterator[PreTrainedMo
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(seed)
             try:
-                built = transformers_class(model)._from_config(config, **{_dtype_key(): torch.float32})
+                built = transformers_class(model)._from_config(config, **{DTYPE_KEY: torch.float32})
             except Exception:  # whatever a family raises that needs what was taken away
                 continue
             randomize(built)
@@ -73,9 +76,3 @@ def randomize(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not None:
         head.weight.normal_(0, 8 / head.weight.shape[-1] ** 0.5)
-
-
-def _dtype_key() -> Any:
-    from common.models import DTYPE_KEY
-
-    return DTYPE_KEY

@@ -95,7 +95,7 @@ def _convert(source: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    from common.models import DTYPE_KEY
+    from common.small_model import DTYPE_KEY
 
     # In fp32: in 16 bits, transformers 5 would keep the weights packed.
     fp32 = {DTYPE_KEY: torch.float32}

@@ -8,6 +8,6 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
-source "$folder/../common/deepspeed.sh"
+source "$folder/../launchers/deepspeed.sh"
 if ((gpus > 0)); then processes=${NPROC_PER_NODE:-${GPU_SHARES:-1}}; fi # the point of offload: one GPU will do
 deepspeed_script "$folder/train.py" "$@"

@@ -8,5 +8,5 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
-source "$folder/../common/deepspeed.sh"
+source "$folder/../launchers/deepspeed.sh"
 deepspeed_script "$folder/train.py" "$@"

@@ -25,7 +25,7 @@ fi
 log=$environment/build.log
 echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log: $log) ..." >&2
 (
-    if [[ ! -x $environment/bin/pip ]]; then common/new_environment.sh "$python" "$environment"; fi
+    if [[ ! -x $environment/bin/pip ]]; then launchers/new_environment.sh "$python" "$environment"; fi
     # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the others.
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r "$requirements"
     without_dependencies=$(sed -n 's/^# --no-deps \([^ ]*\).*/\1/p' "$requirements")

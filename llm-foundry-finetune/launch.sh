@@ -11,7 +11,7 @@ set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 own_environment=.venv-foundry # LLM Foundry pins older versions of what the other projects use
 build_own_environment=$folder/build_environment.sh
-source "$folder/../common/processes.sh"
+source "$folder/../launchers/processes.sh"
 rendezvous=()
 if [[ ${NNODES:-1} != 1 ]]; then
     rendezvous=(--world_size $((NNODES * processes)) --master_port "${MASTER_PORT:-29500}"

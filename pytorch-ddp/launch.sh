@@ -8,5 +8,5 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # after `sh launch.sh`
 set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
-source "$folder/../common/torchrun.sh"
+source "$folder/../launchers/torchrun.sh"
 torchrun_script "$folder/train.py" "$@"

@@ -27,7 +27,7 @@ try:
     from common.comparison import compare
     from common.errors import run
 except ModuleNotFoundError as error:  # another Python than launch.sh's
-    from common.environment import start_again
+    from launchers.start_again import start_again
 
     start_again(error)
 

@@ -8,6 +8,6 @@
 set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 also_needed="ray deepspeed"
-source "$folder/../common/environment.sh"
+source "$folder/../launchers/environment.sh"
 if ! command -v nvidia-smi >/dev/null; then export DS_ACCELERATOR=cpu; fi # or DeepSpeed warns that it found no GPU
 exec python "$folder/train.py" ${NPROC_PER_NODE:+ray.workers=$NPROC_PER_NODE} "$@"

@@ -7,5 +7,5 @@
 set -euo pipefail
 folder=$(dirname "$(readlink -f "$0")") # a link may have started this
 also_needed="ray optuna"
-source "$folder/../common/environment.sh"
+source "$folder/../launchers/environment.sh"
 exec python "$folder/train.py" "$@"

@@ -27,7 +27,7 @@ def test_two_ranks_say_it_once(tmp_path, lags):
     script = tmp_path / "mistaken.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [PYTHON, "-m", "common.torchrun", "--standalone", "--nproc_per_node", "2", str(script), *lags],
+        [PYTHON, "-m", "launchers.torchrun", "--standalone", "--nproc_per_node", "2", str(script), *lags],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

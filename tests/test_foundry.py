@@ -476,7 +476,7 @@ def a_repository(folder, requirements: str):
     """build_environment.sh where it builds another, small environment."""
     (folder / PROJECT).mkdir(parents=True)
     (folder / "common").mkdir()
-    for script in (f"{PROJECT}/build_environment.sh", "common/new_environment.sh"):
+    for script in (f"{PROJECT}/build_environment.sh", "launchers/new_environment.sh"):
         shutil.copy(REPOSITORY / script, folder / script)
     (folder / PROJECT / "requirements.txt").write_text(requirements)
     return subprocess.Popen, {

@@ -159,8 +159,8 @@ def main():
 errors.run(main)
 """
 LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", "2"],
-    "deepspeed": [sys.executable, "-m", "common.deepspeed_launcher", "2"],
+    "torchrun": [sys.executable, "-m", "launchers.torchrun", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": [sys.executable, "-m", "launchers.deepspeed_launcher", "2"],
     "composer": [str(FOUNDRY_PYTHON), "llm-foundry-finetune/composer_launcher.py", "-n", "2"],
 }
 
@@ -445,7 +445,7 @@ def bare_python(tmp_path_factory) -> Path:
 
 
 def test_an_environment_is_made_by_a_python_without_ensurepip(bare_python, tmp_path):
-    make = [REPOSITORY / "common/new_environment.sh", bare_python]
+    make = [REPOSITORY / "launchers/new_environment.sh", bare_python]
     wheels = next((Path(importlib.import_module("ensurepip").__file__).parent / "_bundled").glob("pip-*.whl"))
     variables = environment(cold=True, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels.parent), PATH="/usr/bin:/bin")
     failed = subprocess.run([*make, tmp_path / "env"], env=variables, capture_output=True, text=True)
@@ -485,7 +485,7 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
 
     def install(index: str) -> tuple[str, float]:
         started = time.monotonic()
-        command = [REPOSITORY / "common/cpu_torch.sh", python, "torch==99.0", index]
+        command = [REPOSITORY / "launchers/cpu_torch.sh", python, "torch==99.0", index]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout, time.monotonic() - started
 

@@ -12,7 +12,7 @@ from launching import environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-INSTALL = "from common import notebook; notebook.install({!r})"
+INSTALL = "from tools import notebook; notebook.install({!r})"
 SEEN = "import json, {0}; print(json.dumps([torch.__version__, torch.__file__, *(m.__name__ for m in ({0}))]))"
 
 

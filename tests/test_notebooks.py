@@ -21,7 +21,7 @@ from launching import UNDER_RAY, environment, metrics
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import notebook, notebook_files, notebook_record
+from tools import notebook, notebook_files, notebook_record
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
 PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
@@ -204,7 +204,7 @@ def alone(kind: str, folder: Path) -> Path:
 
 
 def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
-    command = [*before, sys.executable, "-m", "common.notebook_record", str(path), *settings]
+    command = [*before, sys.executable, "-m", "tools.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
     variables = environment(cold=bool(before), **safe)
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
@@ -245,7 +245,7 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
         before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle)]
         done = record(f"/kaggle/working/{kind}.py", *SMALL, "train.max_steps=4", *settings, before=before)
         assert done.returncode == 0, done
-        assert (kaggle / "temp/multi-gpu-fine-tuning/common/notebook.py").is_file()
+        assert (kaggle / "temp/multi-gpu-fine-tuning/tools/notebook.py").is_file()
         output = shown(nbformat.read(kaggle / f"working/{kind}.ipynb", 4))
         return output, kaggle / "working/pytorch-ddp", kaggle / "temp/runs/pytorch-ddp"
 
@@ -272,7 +272,7 @@ def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
     ipynb = REPOSITORY / "pytorch-ddp/notebooks/train.ipynb"
     unchanged = ipynb.read_bytes()
     for named in ([], [tmp_path / "train.py"], [REPOSITORY / "common/data.py"], [ipynb]):
-        command = [sys.executable, "-m", "common.notebook_record", *map(str, named)]
+        command = [sys.executable, "-m", "tools.notebook_record", *map(str, named)]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and not done.stdout
         assert done.stderr.strip() == (
@@ -289,7 +289,7 @@ signal.signal(signal.SIGINT, lambda *_: (print("saved", flush=True), sys.exit(13
 print("ready", flush=True)
 time.sleep(60)
 """
-    cell = f"import sys; from common import notebook; notebook._show([sys.executable, '-c', {child!r}])"
+    cell = f"import sys; from tools import notebook; notebook._show([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen(
         [sys.executable, "-c", cell],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

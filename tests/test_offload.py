@@ -32,8 +32,9 @@ from launching import (
 from transformers import AutoModelForCausalLM
 from wandb_log import history, read_wandb
 
-from common import deepspeed_launcher, models
+from common import models
 from common.config import ModelConfig, load_config
+from launchers import deepspeed_launcher
 
 PROJECT = "deepspeed-offload"
 # Groups of 50,000 parameters: the tiny model then has several, as the real one does.

@@ -6,8 +6,9 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from common import pydoc_data, results
+from common import pydoc_data
 from common.errors import UserError
+from tools import results
 
 
 @pytest.fixture(scope="module")

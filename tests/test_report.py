@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from common import plots, report
 from common.errors import UserError
+from tools import compare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -121,7 +122,7 @@ def test_evaluation_plot_shows_both_models(tmp_path):
 def test_command_compares_runs_without_torch(tmp_path):
     fast = write_run(tmp_path / "pytorch-ddp" / "config", "pytorch-ddp", speed=20_000)
     slow = write_run(tmp_path / "pytorch-fsdp" / "config", "pytorch-fsdp", speed=10_000)
-    script = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('common.report', run_name='__main__')"
+    script = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('tools.compare', run_name='__main__')"
     command = [sys.executable, "-c", script, str(fast), str(slow)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,7 +155,7 @@ T4S = ["Tesla T4", "Tesla T4"]
 
 
 def test_equal_conditions_stand_once_above_the_table(tmp_path, capsys):
-    report.print_comparison(
+    compare.print_comparison(
         [with_conditions(write_run(tmp_path / name, f"pytorch-{name}"), T4S) for name in ("ddp", "fsdp")]
     )
     head, columns, *_ = (lines := capsys.readouterr().out.splitlines())
@@ -180,7 +181,7 @@ def test_equal_conditions_stand_once_above_the_table(tmp_path, capsys):
 def test_what_differs_has_a_column_and_a_note(tmp_path, capsys, settings, column, values, words):
     one = with_conditions(write_run(tmp_path / "one"), T4S)
     other = with_conditions(write_run(tmp_path / "other"), **{"gpus": T4S, **settings})
-    report.print_comparison([one, other])
+    compare.print_comparison([one, other])
     head, columns, _, *rows, note = capsys.readouterr().out.splitlines()
     assert column not in head.split(": ")[0::2] and f"{column}:" not in head
     assert columns.split()[1] == column
@@ -197,37 +198,37 @@ def test_what_differs_has_a_column_and_a_note(tmp_path, capsys, settings, column
 def test_runs_whose_losses_cannot_be_compared_have_tables_and_plots_of_their_own(tmp_path, capsys, settings):
     runs = [with_conditions(write_run(tmp_path / name, f"project-{name}"), T4S) for name in ("a", "b")]
     runs.insert(1, with_conditions(write_run(tmp_path / "c", "project-c"), T4S, **settings))
-    report.print_comparison(runs)
+    compare.print_comparison(runs)
     out = capsys.readouterr().out
     tables = [line for line in out.splitlines() if line.startswith("run ")]
     order = [line.split()[0] for line in out.splitlines() if line.startswith("project-")]
     assert len(tables) == 2 and order == ["project-a", "project-b", "project-c"]
     assert "note: 2 tables" in out and "differ in" not in out
-    path = plots.plot_comparison(runs)
-    one_table = plots.plot_comparison([runs[0], runs[2]])
+    path = compare.plot_comparison(runs)
+    one_table = compare.plot_comparison([runs[0], runs[2]])
     assert path == one_table == tmp_path / "comparison.png"
-    assert report.comparable(runs) == [[runs[0], runs[2]], [runs[1]]]
+    assert compare.comparable(runs) == [[runs[0], runs[2]], [runs[1]]]
 
 
 def test_a_row_of_the_plot_for_each_model(tmp_path):
     runs = [with_conditions(write_run(tmp_path / name, f"project-{name}"), T4S) for name in ("a", "b")]
-    height = imread(plots.plot_comparison(runs)).shape[0]
+    height = imread(compare.plot_comparison(runs)).shape[0]
     with_conditions(runs[1], T4S, model__name="tiny:opt")
-    assert imread(plots.plot_comparison(runs)).shape[0] == 2 * height
+    assert imread(compare.plot_comparison(runs)).shape[0] == 2 * height
     assert not list(tmp_path.glob(".*"))
 
 
 def test_command_names_a_folder_without_a_run(tmp_path):
-    command = [sys.executable, "-m", "common.report", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.compare", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert done.returncode == 2 and "train first" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_runs_of_one_project_keep_their_own_names(tmp_path, capsys):
-    report.print_comparison([write_run(tmp_path / name) for name in ("one", "two")])
+    compare.print_comparison([write_run(tmp_path / name) for name in ("one", "two")])
     out = capsys.readouterr().out
     assert "pytorch-ddp/one" in out and "pytorch-ddp/two" in out
     same_name = [write_run(tmp_path / machine / "config") for machine in ("here", "there")]
-    report.print_comparison(same_name)
+    compare.print_comparison(same_name)
     out = capsys.readouterr().out
     assert str(same_name[0]) in out and str(same_name[1]) in out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, refused
 
-from common import results
+from tools import results
 
 TEXT = """# A project
 

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import run_folder, runtime
 from common.config import BaseConfig, DataConfig, ModelConfig, RuntimeConfig, TrainConfig
-from common.gpu_share import share_variables
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
 from common.models import load_model
+from launchers.gpu_share import share_variables
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # What current builds of torch are made for.
@@ -241,7 +241,7 @@ def test_a_share_of_a_gpu_that_is_not_there_is_refused(tmp_path):
     script.write_text("import sys; from common import runtime; print(*sys.argv[1:]); runtime.check_process_count()")
     variables = {"GPU_SHARES": "2", "LOCAL_RANK": "9", "LOCAL_WORLD_SIZE": "10", "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "common/gpu_share.py", script, "a=1"],
+        [sys.executable, REPOSITORY / "launchers/gpu_share.py", script, "a=1"],
         env=os.environ | variables | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "a=1\n"

@@ -54,7 +54,7 @@ QUICK = ["data.eval_rows=16", "tracking.backend=none", "train.max_steps=12", "tr
 
 @pytest.fixture(scope="module")
 def modules():
-    with project_modules(PROJECT, "asha", "space", "trials", "outcome", "cluster", "train") as found:
+    with project_modules(PROJECT, "asha", "space", "trials", "outcome", "cluster", "trial", "train") as found:
         yield found
 
 
@@ -411,12 +411,12 @@ class StopAt:
 
 def test_a_trial_that_stops_at_an_evaluation_has_its_loss_when_it_goes_on(modules, tmp_path):
     """Else a rung at that step would compare a later loss, and the search would have another outcome."""
-    train = modules["train"]
+    loop = modules["trial"]
 
     def held_out_losses(folder: Path, stop_at: int = 0) -> dict[int, float]:
-        cfg = load_config(train.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"output_dir={folder}"])
+        cfg = load_config(loop.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"output_dir={folder}"])
         tokenizer = models.load_tokenizer(cfg.model)
-        for _ in train.train(cfg, tokenizer, *train.build_dataloaders(cfg, tokenizer), StopAt(folder, stop_at), True):
+        for _ in loop.train(cfg, tokenizer, *loop.build_dataloaders(cfg, tokenizer), StopAt(folder, stop_at), True):
             pass
         return held_out(folder)
 
@@ -519,21 +519,21 @@ def test_rows_of_a_sorted_data_set_are_drawn_from_all_of_it(modules, tmp_path):
 
 def test_the_micro_batch_does_not_change_the_training(modules):
     """What the README says of searching it: the same losses but for rounding."""
-    train = modules["train"]
+    loop = modules["trial"]
     found = []
     for micro_batch in (2, 8):
         cfg = load_config(
-            train.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"train.micro_batch_size={micro_batch}"]
+            loop.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"train.micro_batch_size={micro_batch}"]
         )
         tokenizer = models.load_tokenizer(cfg.model)
         rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
-        model = train.build_model(cfg, torch.device("cpu"), torch.float32)
+        model = loop.build_model(cfg, torch.device("cpu"), torch.float32)
         optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.1), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = data.step_loader(rows, cfg, tokenizer.pad_token_id, 0, 1)
         found.append(
             [
-                train.train_step(model, batch, optimizer, scaler, cfg, torch.device("cpu"), torch.float32)[:2]
+                loop.train_step(model, batch, optimizer, scaler, cfg, torch.device("cpu"), torch.float32)[:2]
                 for batch in batches
             ]
         )

@@ -25,7 +25,7 @@ from pathlib import Path
 CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
 folders = (Path.cwd(), *Path.cwd().parents)
-here = next((folder for folder in folders if (folder / "common/notebook.py").is_file()), None)
+here = next((folder for folder in folders if (folder / "tools/notebook.py").is_file()), None)
 if here is None:  # not opened in the repository: fetch it
     scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
     here = Path(scratch, "multi-gpu-fine-tuning").resolve()
@@ -34,7 +34,7 @@ if here is None:  # not opened in the repository: fetch it
     subprocess.run(["git", "-C", here, "checkout", "--quiet", "FETCH_HEAD"], check=True)
 sys.path.insert(0, str(here))
 
-from common import notebook
+from tools import notebook
 
 notebook.install("ray")
 notebook.check_machine()

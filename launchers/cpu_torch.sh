@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On Linux without an NVIDIA GPU, install torch's CPU build:  common/cpu_torch.sh PYTHON REQUIREMENT [INDEX]
+# On Linux without an NVIDIA GPU, install torch's CPU build:  launchers/cpu_torch.sh PYTHON REQUIREMENT [INDEX]
 #
 # PyPI's build for Linux brings CUDA's libraries along, several GB. PyTorch's own index has one without, and is asked in
 # addition to what pip is configured to use. If it does not answer within seconds, nothing is installed here.

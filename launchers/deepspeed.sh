@@ -5,5 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 if ((gpus == 0)); then export DS_ACCELERATOR=cpu; fi
 
 deepspeed_script() { # SCRIPT [arguments]
-    exec python -m common.deepspeed_launcher "$processes" "${share[@]}" "$@"
+    exec python -m launchers.deepspeed_launcher "$processes" "${share[@]}" "$@"
 }

@@ -171,8 +171,8 @@ def launch(project: str, config: str, *settings: str) -> None:
 
 def evaluate(project: str, config: str, *settings: str) -> None:
     """Start the project's eval.py on all GPUs, or on two CPU processes; `settings` and errors as in `launch`."""
-    launcher = [sys.executable, "-m", "common.torchrun", "--standalone", "--nproc_per_node", str(processes())]
-    share = ["common/gpu_share.py"] if gpus() and os.environ.get("GPU_SHARES") else []
+    launcher = [sys.executable, "-m", "launchers.torchrun", "--standalone", "--nproc_per_node", str(processes())]
+    share = ["launchers/gpu_share.py"] if gpus() and os.environ.get("GPU_SHARES") else []
     _show([*launcher, *share, f"{project}/eval.py", "--config", config, *settings], quiet=True)
 
 
@@ -263,7 +263,7 @@ def show_measured(project: str) -> None:
     """What was measured on other settings: the tables of the project's README, from the records in results/."""
     from IPython.display import Markdown, display
 
-    from common.results import tables
+    from tools.results import tables
 
     measured = tables(project, REPOSITORY / "results")
     for table in measured:

@@ -1,7 +1,7 @@
 """Execute a notebook and keep what it shows.
 
-    python -m common.notebook_record pytorch-ddp/notebooks/train.py train.max_steps=200
-    python -m common.notebook_record pytorch-ddp/notebooks/eval.py --config smoke.yaml
+    python -m tools.notebook_record pytorch-ddp/notebooks/train.py train.max_steps=200
+    python -m tools.notebook_record pytorch-ddp/notebooks/eval.py --config smoke.yaml
 
 The outputs are written into the `.ipynb`, whose code stays as it is; if a cell fails, nothing is written. The arguments
 are those of the project's scripts: they take the place of the parameters CONFIG and SETTINGS, and are shown below them.
@@ -18,9 +18,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from common import errors, notebook_files
+from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
+from tools import notebook_files
 
 SHOWN = "The outputs of this notebook were recorded with: --config"
 
@@ -70,7 +71,7 @@ def record(source: Path, config: str, settings: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m common.notebook_record", usage="%(prog)s SOURCE [--config FILE] [key=value ...]"
+        prog="python -m tools.notebook_record", usage="%(prog)s SOURCE [--config FILE] [key=value ...]"
     )
     parser.add_argument("source", nargs="?", default="", help="PROJECT/notebooks/train.py or eval.py")
     parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name beside the script")

@@ -1,6 +1,6 @@
 """The `deepspeed` launcher, with patience when it is told to stop and a shell's exit codes.
 
-`python -m common.deepspeed_launcher PROCESSES SCRIPT [arguments]` starts what the `deepspeed` command starts on each
+`python -m launchers.deepspeed_launcher PROCESSES SCRIPT [arguments]` starts what the `deepspeed` command starts on each
 machine, `deepspeed.launcher.launch`, and spares the memory of the command itself. By themselves they leave the training
 running when they are ended by SIGTERM, or give it 30 seconds, too few for a checkpoint. So a signal goes to the
 processes that train; they save and leave, and DeepSpeed's launcher ends after them.

@@ -1,4 +1,4 @@
-"""Start a script with a share of a GPU: `python common/gpu_share.py SCRIPT [arguments]`, as a launcher's process.
+"""Start a script with a share of a GPU: `python launchers/gpu_share.py SCRIPT [arguments]`, as a launcher's process.
 
     GPU_SHARES=2 pytorch-fsdp/launch.sh         # two processes on one GPU
 

@@ -18,7 +18,7 @@ whole_number NPROC_PER_NODE "how many processes to start on this machine"
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
 share=()
-if ((gpus > 0)) && [[ -n ${GPU_SHARES:-} ]]; then share=("$repository/common/gpu_share.py"); fi
+if ((gpus > 0)) && [[ -n ${GPU_SHARES:-} ]]; then share=("$repository/launchers/gpu_share.py"); fi
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus * ${GPU_SHARES:-1} : 2))}
 if ((gpus == 0)); then # PyTorch's threads: share the cores out
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a virtual environment with pip in it:  common/new_environment.sh PYTHON FOLDER
+# Make a virtual environment with pip in it:  launchers/new_environment.sh PYTHON FOLDER
 #
 # Some Pythons come without `ensurepip`, which puts pip there: Debian's without python3-venv, Kaggle's, Colab's.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Write the notebooks of all projects from their sources: `python -m common.notebook_files [--check] [REVISION]`.
+"""Write the notebooks of all projects from their sources: `python -m tools.notebook_files [--check] [REVISION]`.
 
 A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
 it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
@@ -22,7 +22,7 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
-from common.results import tables
+from tools.results import tables
 
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)

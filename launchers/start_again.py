@@ -17,7 +17,7 @@ def start_again(error: ModuleNotFoundError, **variables: str) -> NoReturn:
     """
     if "STARTED_AGAIN" in os.environ:
         raise error
-    script, shell = Path(sys.argv[0]).resolve(), Path(__file__).with_suffix(".sh")
+    script, shell = Path(sys.argv[0]).resolve(), Path(__file__).with_name("environment.sh")
     variables |= {"folder": str(script.parent), "also_needed": str(error.name).partition(".")[0], "STARTED_AGAIN": "1"}
     command = ["bash", "-c", SHELL, str(shell), str(script), *sys.argv[1:]]
     os.execvpe("bash", command, os.environ | variables)

@@ -1,6 +1,6 @@
 """The tables and figures of the README files, from the records of real runs in `results/`.
 
-`python -m common.results` fills every block between `<!-- results: NAME -->` and `<!-- end results -->`; `--check`
+`python -m tools.results` fills every block between `<!-- results: NAME -->` and `<!-- end results -->`; `--check`
 changes nothing and fails, naming the file, if a block is out of date.
 
 A table is a list of records and a list of columns; a column is its heading and a function of the record.

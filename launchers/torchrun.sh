@@ -9,5 +9,5 @@ torchrun_script() { # SCRIPT [arguments]: start it in `processes` processes here
     else
         rendezvous=(--standalone) # one machine, any free port
     fi
-    exec python -m common.torchrun "${rendezvous[@]}" --nproc_per_node "$processes" "${share[@]}" "$@"
+    exec python -m launchers.torchrun "${rendezvous[@]}" --nproc_per_node "$processes" "${share[@]}" "$@"
 }
