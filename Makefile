@@ -73,12 +73,12 @@ test-fast: .venv/ready ## what needs no launcher: a minute
 .PHONY: lint
 lint: .venv/ready ## ruff, and whether READMEs' tables and notebooks are up to date
 	@$(RUN) ruff check . && ruff format --check .
-	$(RUN) python -m tools.results --check && python -m tools.notebook_files --check
+	$(RUN) python -m tools.results --check && python -m tools.figures --check && python -m tools.notebook_files --check
 
 .PHONY: format
 format: .venv/ready ## put code and tables into their form
 	@$(RUN) ruff check --fix . && ruff format .
-	$(RUN) python -m tools.results
+	$(RUN) python -m tools.results && python -m tools.figures
 
 .PHONY: notebooks
 notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the code that they fetch

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, refused
 
-from tools import results
+from tools import figures, results
 
 TEXT = """# A project
 
@@ -127,3 +127,40 @@ def test_a_broken_block_is_refused(repository, text, part):
 
 def test_the_tables_of_this_repository_are_up_to_date():
     results.update(REPOSITORY, check=True)
+
+
+def test_code_is_copied_from_the_file_and_checked(repository):
+    readme = repository / "README.md"
+    (repository / "pytorch-ddp/train.py").write_text(
+        'def step(x):\n    """What it does."""\n    first = x + 1\n    if first:\n        last = 2\n    return last\n'
+    )
+    block = "<!-- code: pytorch-ddp/train.py step{} -->{}<!-- end code -->"
+    readme.write_text(block.format("", "old") + "\n" + block.format(": if first … last = 2", ""))
+    results.update(repository, check=False)
+    assert readme.read_text().splitlines() == [
+        "<!-- code: pytorch-ddp/train.py step -->", "```python", "def step(x):", "    first = x + 1", "    if first:",
+        "        last = 2", "    return last", "```", "<!-- end code -->",
+        "<!-- code: pytorch-ddp/train.py step: if first … last = 2 -->", "```python", "if first:", "    last = 2", "```",
+        "<!-- end code -->",
+    ]  # fmt: skip
+    results.update(repository, check=True)
+    (repository / "pytorch-ddp/train.py").write_text("def step(x):\n    return x\n")
+    with refused("no such lines"):
+        results.update(repository, check=True)
+    readme.write_text(block.format("", "old"))
+    with refused("out of date: README.md"):
+        results.update(repository, check=True)
+    readme.write_text(block.format("s", ""))
+    with refused("no steps in pytorch-ddp/train.py"):
+        results.update(repository, check=True)
+
+
+def test_plots_are_made_from_the_records_the_same_each_time(repository):
+    with refused("docs/figures/pytorch-ddp-speed.svg"):
+        figures.update(repository, check=True)
+    figures.update(repository, check=False)
+    figures.update(repository, check=True)
+    assert (repository / "docs/figures/pytorch-ddp-speed.svg").read_text().count("1.96×") == 1
+    change(repository / "results/pytorch-ddp/speed-2gpu.json", tokens_per_second=1)
+    with refused("out of date"):
+        figures.update(repository, check=True)

@@ -1,17 +1,23 @@
-"""The tables and figures of the README files, from the records of real runs in `results/`.
+"""What the READMEs and docs/ take from elsewhere: tables from the records in `results/`, and code.
 
-`python -m tools.results` fills every block between `<!-- results: NAME -->` and `<!-- end results -->`; `--check`
-changes nothing and fails, naming the file, if a block is out of date.
+`python -m tools.results` fills two kinds of blocks; `--check` changes nothing and fails, naming the file, if a block is
+out of date.
+
+    <!-- results: NAME --> … <!-- end results -->          the table NAME of BLOCKS, below
+    <!-- code: FILE FUNCTION --> … <!-- end code -->       a function of FILE, without its docstring
+    <!-- code: FILE FUNCTION: FIRST … LAST --> …           its lines from the one that begins with FIRST to LAST
 
 A table is a list of records and a list of columns; a column is its heading and a function of the record.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +25,7 @@ from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
 
+CODE = re.compile(r"<!-- code: ([^>]+) -->(?:(?!<!-- code: ).)*?<!-- end code -->", re.DOTALL)
 BLOCK = re.compile(r"<!-- results: ([^>]+) -->(?:(?!<!-- results: ).)*?<!-- end results -->", re.DOTALL)
 
 
@@ -600,26 +607,54 @@ def tables(project: str, results: Path) -> list[str]:
     return [block(name, results) for name in BLOCKS if name.split()[0] == project and not name.endswith("headline")]
 
 
-def filled(text: str, results: Path) -> str:
+def excerpt(what: str, repository: Path) -> str:
+    """The code that a block `FILE FUNCTION[: FIRST … LAST]` names, dedented. Raises `UserError` if it is not there."""
+    place, _, lines = what.partition(": ")
+    file, _, name = place.partition(" ")
+    path = repository / file
+    source = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name]
+    if not found:
+        raise UserError(f"<!-- code: {what} -->: no {name} in {file}")
+    body = found[0].body
+    has_docstring = ast.get_docstring(found[0]) is not None
+    code = source.splitlines()[found[0].lineno - 1 : found[0].end_lineno]
+    if has_docstring:
+        del code[body[0].lineno - found[0].lineno : body[0].end_lineno - found[0].lineno + 1]
+    if lines:
+        first, _, last = lines.partition(" … ")
+        begins = [i for i, line in enumerate(code) if line.strip().startswith(first)]
+        ends = [i for i, line in enumerate(code) if line.strip().startswith(last or first)]
+        if not begins or not ends or ends[-1] < begins[0]:
+            raise UserError(f"<!-- code: {what} -->: {name} of {file} has no such lines")
+        code = code[begins[0] : ends[-1] + 1]
+    return textwrap.dedent("\n".join(code))
+
+
+def filled(text: str, repository: Path) -> str:
     """`text` with every block made anew."""
 
     def fill(found: re.Match) -> str:
         name = found[1]
         if name not in BLOCKS:
             raise UserError(f"<!-- results: {name} -->: no such block; there are: {', '.join(BLOCKS)}")
-        return f"<!-- results: {name} -->{block(name, results)}<!-- end results -->"
+        return f"<!-- results: {name} -->{block(name, repository / 'results')}<!-- end results -->"
 
-    text, blocks = BLOCK.subn(fill, text)
-    if blocks != text.count("<!-- results: "):
-        raise UserError("a block `<!-- results: NAME -->` has no `<!-- end results -->`")
+    def fill_code(found: re.Match) -> str:
+        return f"<!-- code: {found[1]} -->\n```python\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
+
+    for kind, pattern, make in (("results", BLOCK, fill), ("code", CODE, fill_code)):
+        text, blocks = pattern.subn(make, text)
+        if blocks != text.count(f"<!-- {kind}: "):
+            raise UserError(f"a block `<!-- {kind}: NAME -->` has no `<!-- end {kind} -->`")
     return text
 
 
 def update(repository: Path, check: bool) -> None:
-    """Rewrite the README files; with `check`, raise `UserError` if one would change."""
-    paths = [repository / "README.md", *sorted(repository.glob("*/README.md"))]
+    """Rewrite the READMEs and docs/; with `check`, raise `UserError` if one would change."""
+    paths = [repository / "README.md", *sorted(repository.glob("*/README.md")), *sorted(repository.glob("docs/*.md"))]
     old = {path: path.read_text(encoding="utf-8") for path in paths}
-    new = {path: filled(text, repository / "results") for path, text in old.items()}
+    new = {path: filled(text, repository) for path, text in old.items()}
     changed = [path for path in paths if new[path] != old[path]]
     if changed and check:
         stale = ", ".join(str(path.relative_to(repository)) for path in changed)
