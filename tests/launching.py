@@ -81,7 +81,9 @@ UNDER_RAY = ("ray-train", "ray-tune")  # always the real interpreter: see warm_p
 
 def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
     """This process's environment, with the repository's code first, one thread a process and no Hub token of ours."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "MLFLOW_"))}
+    # What libraries have set in this process would make a zygote for each worker of the tests.
+    unwanted = ("HF_", "WANDB_", "MLFLOW_", "_MLFLOW_", "RAY_CLIENT_MODE", "PS1")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     python = sys.executable if cold else PYTHON
     own = {
         "PATH": f"{Path(python).parent}:{kept['PATH']}",

@@ -140,8 +140,8 @@ def test_code_is_copied_from_the_file_and_checked(repository):
     assert readme.read_text().splitlines() == [
         "<!-- code: pytorch-ddp/train.py step -->", "```python", "def step(x):", "    first = x + 1", "    if first:",
         "        last = 2", "    return last", "```", "<!-- end code -->",
-        "<!-- code: pytorch-ddp/train.py step: if first … last = 2 -->", "```python", "if first:", "    last = 2", "```",
-        "<!-- end code -->",
+        "<!-- code: pytorch-ddp/train.py step: if first … last = 2 -->", "```python", "if first:", "    last = 2",
+        "```", "<!-- end code -->",
     ]  # fmt: skip
     results.update(repository, check=True)
     (repository / "pytorch-ddp/train.py").write_text("def step(x):\n    return x\n")
