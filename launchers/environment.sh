@@ -3,6 +3,7 @@
 # .venv is built. A project that needs more packages than all do names them in `also_needed`; one whose framework pins
 # other versions has an environment of its own, whatever is active: `own_environment`, built by the script
 # `build_own_environment`.
+# shellcheck disable=SC2154 # set by the launch.sh
 repository=$(dirname "$folder")
 # What lies in the current folder is data: no module is imported from there, whatever its files are called. Python puts
 # that folder first for `-m`, `-c` and `-`, by which launchers and libraries start processes; the project's own folder
@@ -10,6 +11,7 @@ repository=$(dirname "$folder")
 export PYTHONSAFEPATH=1
 
 missing_packages() { # prints what `python` lacks; finds packages without importing them
+    # shellcheck disable=SC2086 # one argument per package
     python - ${also_needed:-} <<'PYTHON' 2>/dev/null || echo python
 import sys
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ PYTHON
 }
 
 if [[ -n ${own_environment:-} ]]; then
+    # shellcheck disable=SC2154 # set by the launch.sh
     "$build_own_environment"
     export VIRTUAL_ENV=$repository/$own_environment
     PATH=$VIRTUAL_ENV/bin:$PATH
@@ -28,7 +31,7 @@ elif [[ -x $repository/.venv/bin/python || (-n $missing && -z ${VIRTUAL_ENV:-}${
     make --silent -C "$repository" .venv/ready
     PATH=$repository/.venv/bin:$PATH
 elif [[ -n $missing ]]; then
-    echo "error: the active environment lacks: $missing. Run 'pip install -e \"$repository[ddp,fsdp,deepspeed,ray]\"' in it, or" \
+    echo "error: the active environment lacks: $missing. Run 'pip install -e \"${repository}[ddp,fsdp,deepspeed,ray]\"' in it, or" \
         "deactivate it: the repository's own .venv is then built and used" >&2
     exit 2
 fi

@@ -29,6 +29,7 @@ echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log
     # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the others.
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r "$requirements"
     without_dependencies=$(sed -n 's/^# --no-deps \([^ ]*\).*/\1/p' "$requirements")
+    # shellcheck disable=SC2086 # one argument per package
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-deps ${without_dependencies:-pip}
 ) >"$log" 2>&1 9>&- &
 build=$!

@@ -63,6 +63,19 @@ def test_the_files_are_those_of_their_sources(tmp_path):
     made = (folder / "train.ipynb").read_text()
     assert "github.com/somebody/" in made and "OWNER" not in made and 'REVISION = \\"v1\\"' in made
 
+    # Only pyproject.toml names the owner; Kaggle's may be another one.
+    metadata = folder / "train/kernel-metadata.json"
+    assert json.loads(metadata.read_text())["id"] == "somebody/pytorch-ddp-train"
+    (tmp_path / "CITATION.cff").write_text('repository-code: "https://example.org/a/b"\n')
+    (tmp_path / "pyproject.toml").write_text(settings.replace("# kaggle = ", "kaggle = "))
+    with refused("CITATION.cff", "kernel-metadata.json"):
+        notebook_files.update(tmp_path, check=True)
+    notebook_files.update(tmp_path, check=False)
+    assert json.loads(metadata.read_text())["id"] == "account/pytorch-ddp-train"
+    address = notebook_files.origin(tmp_path)[0]
+    assert (tmp_path / "CITATION.cff").read_text() == f'repository-code: "{address}"\n'
+    assert address == "https://github.com/somebody/multi-gpu-fine-tuning"
+
     # Outputs stay with the cells whose code stays.
     with_outputs = nbformat.read(folder / "train.ipynb", 4)
     for cell in with_outputs.cells:

@@ -3,9 +3,10 @@
 A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
 it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
 The tables of what was measured are always those of `results/`.
-What all share is set in pyproject.toml: the repository's address, and who owns the notebooks on Kaggle. With a
-REVISION, a commit or a tag, the notebooks fetch that one from now on; the outputs stay. `--check` changes nothing and
-fails where a file is out of date.
+The repository's address stands in pyproject.toml, under `project.urls`, and is copied from there into the notebooks and
+CITATION.cff. The Kaggle account is the address's owner, unless `tool.notebooks.kaggle` names another. With a REVISION,
+a commit or a tag, the notebooks fetch that one from now on; the outputs stay. `--check` changes nothing and fails if a
+file is out of date.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import jupytext
 import nbformat
@@ -25,6 +27,7 @@ from common.errors import UserError
 from tools.results import tables
 
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
+CITED = re.compile(r'^repository-code: ".*"$', re.MULTILINE)
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
@@ -95,28 +98,33 @@ def kernel_metadata(project: str, kind: str, owner: str) -> str:
     )
 
 
+def origin(repository: Path) -> tuple[str, str]:
+    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    address = settings["project"]["urls"]["Repository"]
+    owner = urlsplit(address).path.strip("/").partition("/")[0]
+    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
+
+
 def update(repository: Path, check: bool, revision: str = "") -> None:
     """Write what changed; with `check`, raise `UserError` if something would change."""
-    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
-    address, owner = settings["project"]["urls"]["Repository"], settings["tool"]["notebooks"]["kaggle"]
-    stale = []
+    address, account = origin(repository)
+    files = []
+    if (citation := repository / "CITATION.cff").exists():
+        files.append((citation, CITED.sub(f'repository-code: "{address}"', citation.read_text(encoding="utf-8"))))
     for path in sorted(repository.glob("*/notebooks/*.py")):
         project, kind = path.parent.parent.name, path.stem
         ipynb, metadata = path.with_suffix(".ipynb"), path.parent / kind / "kernel-metadata.json"
         text = source(path.read_text(encoding="utf-8"), address, revision)
         old = ipynb.read_text(encoding="utf-8") if ipynb.exists() else None
-        for file, new in (
-            (path, text),
-            (ipynb, notebook(text, old)),
-            (metadata, kernel_metadata(project, kind, owner)),
-        ):
-            if not file.exists() or file.read_text(encoding="utf-8") != new:
-                stale.append(str(file.relative_to(repository)))
-                if not check:
-                    file.parent.mkdir(exist_ok=True)
-                    file.write_text(new, encoding="utf-8")
+        files += [(path, text), (ipynb, notebook(text, old)), (metadata, kernel_metadata(project, kind, account))]
+    stale = [(file, new) for file, new in files if not file.exists() or file.read_text(encoding="utf-8") != new]
     if stale and check:
-        raise UserError(f"out of date: {', '.join(stale)}; bring them up to date with: make notebooks")
+        names = ", ".join(str(file.relative_to(repository)) for file, _ in stale)
+        raise UserError(f"out of date: {names}; bring them up to date with: make notebooks")
+    for file, new in stale:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":
