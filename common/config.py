@@ -34,6 +34,8 @@ def key(default: Any, help: str, *, choices: tuple[str, ...] = (), minimum: floa
 
 @dataclass
 class ModelConfig:
+    """Section `model`: which weights to start from."""
+
     name: str = key("tiny:qwen2", "Hub id, local folder, smollm2 (from a package), or tiny:qwen2|opt|llama|bloom")
     revision: str = key("main", "branch, tag or commit of the model on the Hub")
     random_weights: bool = key(False, "start from random weights of the real shapes (for measurements without the Hub)")
@@ -41,6 +43,8 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    """Section `data`: which rows, and how they become sequences of tokens."""
+
     name: str = key("pydoc", "Hub id, folder, file (.jsonl, .csv, .parquet …; see the README), or pydoc (embedded)")
     subset: str = key("", "configuration of a Hub data set that has several")
     split: str = key("train", "split that training rows come from")
@@ -62,6 +66,8 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
+    """Section `train`: batch, schedule, AdamW, precision, and what trades compute for memory."""
+
     global_batch_size: int = key(16, "sequences an optimizer step sees, over all ranks and micro-batches", minimum=1)
     micro_batch_size: int = key(4, "sequences a rank puts through the model at once", minimum=1)
     max_steps: int = key(0, "optimizer steps; 0: as many as `epochs` gives", minimum=0)
@@ -79,6 +85,8 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    """Section `eval`: the held-out loss while training, and what `eval.py` compares."""
+
     every: int = key(0, "evaluate on the held-out rows every so many steps; 0: before and after only", minimum=0)
     batch_size: int = key(8, "sequences a rank evaluates at once", minimum=1)
     model: str = key("", "eval.py: fine-tuned model, a folder or Hub id; empty: output_dir/model")
@@ -89,6 +97,8 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Section `checkpoint`: when to save, how many to keep, where to resume."""
+
     every: int = key(0, "save every so many steps; 0: at the end and at a clean stop only", minimum=0)
     keep: int = key(1, "checkpoints kept on disk", minimum=1)
     resume: str = key("auto", "auto: go on from the newest whole checkpoint of output_dir; a checkpoint's path; never")
@@ -96,12 +106,16 @@ class CheckpointConfig:
 
 @dataclass
 class TrackingConfig:
+    """Section `tracking`: the experiment tracker."""
+
     backend: str = key("none", "experiment tracker", choices=("mlflow", "wandb", "none"))
     project: str = key("multi-gpu-fine-tuning", "MLflow experiment or W&B project")
 
 
 @dataclass
 class HubConfig:
+    """Section `hub`: uploads to the Hugging Face Hub."""
+
     repo_id: str = key("", "upload model/ to this Hub repository at the end; empty: no upload")
     private: bool = key(True, "create that repository as private")
     push_checkpoints: bool = key(False, "upload the newest checkpoint as well, also when a run is interrupted")
@@ -109,6 +123,8 @@ class HubConfig:
 
 @dataclass
 class RuntimeConfig:
+    """Section `runtime`: limits of memory and time, and whether a CPU will do."""
+
     gpu_memory_limit_gib: float = key(0.0, "let each process use at most this much GPU memory; 0: all of it", minimum=0)
     max_hours: float = key(0.0, "save and stop cleanly after this many hours; 0: no limit", minimum=0)
     timeout_minutes: float = key(10.0, "end the run when a rank has not answered for so long", minimum=0.1)
@@ -117,6 +133,8 @@ class RuntimeConfig:
 
 @dataclass
 class BaseConfig:
+    """All keys that the seven projects share; each project adds its own section in a subclass."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -141,6 +141,7 @@ def _new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def style_axes(axes: Axes, title: str, y_label: str, x_label: str = "optimizer step") -> None:
+    """Give the axes the look of all plots: title, labels, a light grid, no frame at the top and right."""
     axes.set_title(title, fontsize=13)
     axes.set_xlabel(x_label, fontsize=11)
     axes.set_ylabel(y_label, fontsize=11)
@@ -151,6 +152,7 @@ def style_axes(axes: Axes, title: str, y_label: str, x_label: str = "optimizer s
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the figure atomically, in the format of the path's suffix; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     try:

@@ -293,4 +293,5 @@ def _counted(number: int, name: str) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write `content` atomically, as indented JSON."""
     write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -146,6 +146,7 @@ def only_main_shows_progress(is_main: bool) -> None:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy (which takes 32 bits) and PyTorch on every device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -163,6 +164,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Restore what `rng_state` returned; the GPU's part only if this process has a GPU."""
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])

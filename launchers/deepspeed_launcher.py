@@ -106,12 +106,14 @@ def run(command: list[str]) -> int:
 
 
 def free_port() -> int:
+    """A TCP port on 127.0.0.1 that was free just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def main() -> int:
+    """Start the processes of `sys.argv` (their number, script, arguments) and wait; returns the exit code."""
     processes, *script = sys.argv[1:]
     # AdamW runs on the CPU: every process gets its share of the cores, or each would take all of them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from common import errors, launched
 
 
 def launch() -> None:
+    """Run torchrun with this process's arguments; if a rank fails, exit with the code of the first one that did."""
     for logger in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     launched.forget()

@@ -136,6 +136,7 @@ def plot_comparison(run_dirs: list[Path]) -> Path:
 
 
 def main() -> None:
+    """Print and plot the run folders of the command line; a single one is plotted by itself."""
     run_dirs = [Path(argument) for argument in sys.argv[1:]]
     if not run_dirs:
         raise UserError("usage: python -m tools.compare RUN_DIR [RUN_DIR ...]")

@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 7.2, 3.4  # inches: at a README's width, text of 10 points is 12
 
 
 def new_figure(title: str, y_label: str, x_label: str = "") -> tuple[Figure, matplotlib.axes.Axes]:
+    """An empty figure at README width in the style of all plots, and its axes."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
     style_axes(axes, title, y_label, x_label)

@@ -70,6 +70,7 @@ def record(source: Path, config: str, settings: list[str]) -> None:
 
 
 def main() -> None:
+    """Execute the notebook that the command line names and keep its outputs."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.notebook_record", usage="%(prog)s SOURCE [--config FILE] [key=value ...]"
     )

@@ -30,6 +30,7 @@ BLOCK = re.compile(r"<!-- results: ([^>]+) -->(?:(?!<!-- results: ).)*?<!-- end 
 
 
 def read(folder: Path, *names: str) -> list[dict]:
+    """The records `NAME.json` of a folder; raises `UserError` if one is missing."""
     try:
         return [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     except FileNotFoundError as error:
@@ -54,11 +55,13 @@ def share(r: dict) -> str:
 
 
 def gpus_of(r: dict) -> str:
+    """How many GPUs a record was measured on and which, such as `2 × NVIDIA H200`, or the share of one."""
     name = r["environment"]["gpus"][0]["name"]
     return f"{r['gpus']} × {share(r)} of one {name}" if share(r) else f"{len(r['environment']['gpus'])} × {name}"
 
 
 def machine(records: list[dict]) -> str:
+    """The caption of a table: hardware, versions, date, weights and text of its records."""
     gpus = shared(records, gpus_of)
     versions = shared(records, lambda r: f"torch {r['environment']['versions']['torch']}, {r['date']}")
     weights, text = (shared(records, lambda r, key=key: r.get(key, "not recorded")) for key in ("weights", "text"))
@@ -83,10 +86,12 @@ def entry(text: str) -> Callable[[dict], str]:
 
 
 def speed(r: dict) -> float:
+    """Tokens per second over all GPUs."""
     return r["summary"]["tokens_per_second"]
 
 
 def tflops(r: dict) -> float:
+    """TFLOP/s per GPU, from the model's FLOPs per token."""
     return speed(r) * r["summary"]["flops_per_token"] / r["gpus"] / 1e12
 
 
@@ -145,6 +150,7 @@ def arithmetic_table(folder: Path, *names: str) -> str:
 
 
 def io_table(folder: Path, name: str) -> str:
+    """Seconds and host memory to load, save and export a model, by bench/fsdp_io.py."""
     (r,) = read(folder, name)
     columns = {
         "what": lambda phase: phase[0],
@@ -160,6 +166,7 @@ def io_table(folder: Path, name: str) -> str:
 
 
 def loss_table(folder: Path, name: str) -> str:
+    """Memory, time and gradient error of the plain and the chunked loss, by bench/loss_memory.py."""
     (r,) = read(folder, name)
     cases = [(m, tokens, r[f"{m}_{tokens}_tokens"]) for tokens in (2048, 32768) for m in ("plain", "chunked")]
     columns = {
@@ -221,6 +228,7 @@ def prediction_table(folder: Path, *names: str) -> str:
 
 
 def offload_headline(folder: Path, name: str) -> str:
+    """One line for the main README: memory of host and GPU, and speed."""
     (r,) = read(folder, name)
     return (
         f"{r['summary']['peak_host_gib']:.1f} GiB of host memory and {r['summary']['peak_gpu_gib']:.1f} GiB of a GPU's "
@@ -274,6 +282,7 @@ def stage_costs_table(folder: Path, name: str) -> str:
 
 
 def pipeline_headline(folder: Path, name: str) -> str:
+    """One line for the main README: memory of the two stages, and efficiency against the ideal."""
     (r,) = read(folder, name)
     peaks = " and ".join(f"{peak:.1f}" for peak in r["summary"]["peak_gpu_gib_by_rank"])
     return (
@@ -386,6 +395,7 @@ def ray_train_table(folder: Path, *names: str) -> str:
 
 
 def ray_train_headline(folder: Path, *names: str) -> str:
+    """One line for the main README: memory, and speed against the same run without Ray."""
     ray, plain = read(folder, *names)
     return (
         f"{ray['summary']['peak_gpu_gib']:.1f} GiB of {ray['settings']['runtime.gpu_memory_limit_gib']} at "
@@ -414,6 +424,7 @@ def foundry_table(folder: Path, *names: str) -> str:
 
 
 def foundry_headline(folder: Path, name: str) -> str:
+    """One line for the main README: memory and speed."""
     (r,) = read(folder, name)
     return (
         f"{r['summary']['peak_gpu_gib']:.1f} GiB of {r['settings']['runtime.gpu_memory_limit_gib']}, "
@@ -466,10 +477,12 @@ def real_records(folder: Path) -> list[dict]:
 
 
 def real_heading(record: dict) -> str:
+    """The column's heading for a record of bench/real.py: task and precision."""
     return f"{REAL_TASKS[record['task']]}, {record['precision']}"
 
 
 def real_projects(records: list[dict]) -> list[str]:
+    """The projects of the records, each once, by name; LLM Foundry and then Ray's come last."""
     order = [name for record in records for name in record["projects"]]
     return sorted(dict.fromkeys(order), key=lambda name: (name.startswith("ray"), name == "llm-foundry-finetune", name))
 
