@@ -71,9 +71,18 @@ test-fast: .venv/ready ## what needs no launcher: a minute
 	@$(RUN) python -m pytest tests -m "not slow" --numprocesses logical --maxprocesses 4 $(PYTEST)
 
 .PHONY: lint
-lint: .venv/ready ## ruff, and whether READMEs' tables and notebooks are up to date
-	@$(RUN) ruff check . && ruff format --check .
-	$(RUN) python -m tools.results --check && python -m tools.figures --check && python -m tools.notebook_files --check
+lint: .venv/ready ## ruff, types, shell scripts, spelling, links; whether tables, plots and notebooks are up to date
+	@. .venv/bin/activate
+	# One check per line: if one of `a && b` fails before the last, the shell goes on with the next line.
+	ruff check .
+	ruff format --check .
+	mypy
+	shellcheck */*.sh
+	codespell
+	python -m tools.links
+	python -m tools.results --check
+	python -m tools.figures --check
+	python -m tools.notebook_files --check
 
 .PHONY: format
 format: .venv/ready ## put code and tables into their form

@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import UserError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-MONTHS = ("January", "February", "March", "April", "May", "June", "July")
+MONTHS: tuple[str, ...] = ("January", "February", "March", "April", "May", "June", "July")
 MONTHS += ("August", "September", "October", "November", "December")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -39,7 +39,7 @@ def _span(tokenizer, messages: list[dict], turn: int, text: str, template: str) 
     """The span of `text`, all of the conversation, that the assistant writes in `messages[turn]`."""
     so_far = text if turn == len(messages) - 1 else _render(tokenizer, messages[: turn + 1], template)
     start, end = _generation_prompt(tokenizer, messages[:turn], so_far, template), len(so_far)
-    header = tail = None
+    header = tail = ""
     if start is None or not text.startswith(so_far):
         header, tail = _frame(tokenizer, messages[: turn + 1], template)
     if start is None:

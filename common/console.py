@@ -80,7 +80,7 @@ def output_to(path: Path | None, errors: Path | None = None, terminal: bool = Fa
 
 def _append_to(path: Path, terminal: bool) -> TextIO:
     stream = _Stream(io.BufferedWriter(_Descriptor(path, "a")), "utf-8", "replace", line_buffering=True)
-    stream.isatty = lambda: terminal
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
     return stream
 
 

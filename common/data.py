@@ -15,7 +15,7 @@ import string
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from operator import itemgetter
@@ -112,7 +112,7 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
     name, options = data.name, {}
     is_folder = Path(name).is_dir()
     if is_folder and glob.has_magic(str(Path(name).resolve())):  # which `datasets` would take for a pattern
-        formats = Counter(format_of(path) for path in Path(name).rglob("*") if format_of(path))
+        formats = Counter(suffix for path in Path(name).rglob("*") if (suffix := format_of(path)))
         (form, _), *_ = formats.most_common(1) or [(".jsonl", 0)]
         name = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(form, "json")
         options = {"data_dir": glob.escape(str(Path(data.name).resolve()))}
@@ -274,7 +274,12 @@ def tokenize(
     `dropped` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
-    encode = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}[data.format]
+    encoders: dict[str, Callable] = {
+        "text": _encode_texts,
+        "prompt-response": _encode_pairs,
+        "messages": _encode_messages,
+    }
+    encode = encoders[data.format]
     tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
     offsets, sources = [0], []
     dropped, cut = Counter(), Counter()
@@ -298,12 +303,12 @@ def tokenize(
             offsets.append(len(tokens))
             sources.append(source)
     tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
-    counts = {"rows": len(rows), "kept": len(sources), "dropped": dict(dropped), "cut": dict(cut)}
+    counts: dict[str, Any] = {"rows": len(rows), "kept": len(sources), "dropped": dict(dropped), "cut": dict(cut)}
     if wrapped:
         rest = len(tokens) % data.max_length
         whole = len(tokens) // data.max_length
         tokens, labels = _full_blocks(tokens, labels, data.max_length)
-        offsets = range(0, len(tokens) + 1, data.max_length)
+        offsets = [*range(0, len(tokens) + 1, data.max_length)]
         counts["blocks"] = len(offsets) - 1
         counts["blocks_dropped"] = {"no target in it": whole - counts["blocks"]} if whole > counts["blocks"] else {}
         counts["tokens_dropped"] = {"they fill no block": rest} if rest else {}
@@ -312,8 +317,8 @@ def tokenize(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    sources = None if wrapped else np.array(sources, np.int64)
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), sources, counts)
+    kept = None if wrapped else np.array(sources, np.int64)
+    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), kept, counts)
 
 
 def _has_target(labels: list[int]) -> bool:
@@ -419,7 +424,9 @@ def _within(encoding: Encoding, length: int, start: int, stop: int | None = None
         begin, end = offsets[first - 1]
         if begin < end and end + _spaces(encoding.tokens[first - 1][::-1]) > start:
             first -= 1
-    behind = length if stop is None else bisect_left(offsets, stop, key=_begin)
+    if stop is None:
+        return range(first, length)
+    behind = bisect_left(offsets, stop, key=_begin)
     while _trimmed(offsets, behind) and offsets[behind][0] - _spaces(encoding.tokens[behind]) < stop:
         behind += 1
     return range(first, behind)
@@ -481,7 +488,7 @@ class _Nested:
     """A list or an object in a row: a template may take a value out of it, {choices[0]}, and not print it as Python."""
 
     def __init__(self, value: list | dict):
-        self.value = value
+        self.value: Any = value
 
     def __getitem__(self, key: int | str) -> Any:
         return _as_text(self.value[key])

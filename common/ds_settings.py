@@ -69,7 +69,7 @@ def without_mlflow() -> Iterator[None]:
     A module that is None in `sys.modules` counts as missing.
     """
     loaded = sys.modules.get("mlflow")
-    sys.modules["mlflow"] = None
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -234,7 +234,7 @@ def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     """Seconds until the next attempt, or None where another one makes no sense."""
     if attempt == ATTEMPTS or constants.HF_HUB_OFFLINE or not any(map(_is_temporary, causes(error))):
         return None
-    headers = next((e.response.headers for e in causes(error) if getattr(e, "response", None) is not None), {})
+    headers = next((r.headers for e in causes(error) if (r := getattr(e, "response", None)) is not None), {})
     asked = headers.get("Retry-After", "")  # a number of seconds; the Hub sends no dates
     wait = float(asked) if asked.isdigit() else BACKOFF_SECONDS * 2 ** (attempt - 1)
     return wait if wait <= LONGEST_WAIT else None
@@ -257,13 +257,13 @@ def _may_write(account: dict[str, Any], repo_id: str) -> bool:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status that `error` or a cause of it carries."""
-    return next((e.response.status_code for e in causes(error) if getattr(e, "response", None) is not None), None)
+    return next((r.status_code for e in causes(error) if (r := getattr(e, "response", None)) is not None), None)
 
 
 def _is_temporary(error: BaseException) -> bool:
     """Whether `error` is no answer, or one that asks to come back: 429 or 5xx."""
-    if getattr(error, "response", None) is not None:
-        return error.response.status_code == 429 or error.response.status_code >= 500
+    if (response := getattr(error, "response", None)) is not None:
+        return response.status_code == 429 or response.status_code >= 500
     # The Hub's client is built on requests, httpx or httpx2, by its version: none of them may be imported here.
     library = type(error).__module__.partition(".")[0]
     return isinstance(error, ConnectionError | TimeoutError) or library in ("requests", "urllib3", "httpx", "httpx2")

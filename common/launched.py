@@ -53,7 +53,7 @@ def forget() -> None:
 
     Raises `UserError` if this is one of several launchers, none of which has been told of the others.
     """
-    ours = ()
+    ours: tuple[str, ...] = ()
     if os.environ.get("NNODES"):
         ours = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     else:
@@ -76,8 +76,8 @@ def _by_a_launcher() -> bool:
             f"{these}: one process of several, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
             f"set: start with launch.sh or torchrun, or unset RANK and WORLD_SIZE"
         )
-    if int(rank) >= int(world_size):
-        raise UserError(f"RANK={rank}: of WORLD_SIZE={world_size} processes the last is {int(world_size) - 1}")
+    if int(rank) >= (processes := int(os.environ["WORLD_SIZE"])):
+        raise UserError(f"RANK={rank}: of WORLD_SIZE={processes} processes the last is {processes - 1}")
     return True
 
 

@@ -28,10 +28,13 @@ def check_model_folder(name: str, with_weights: bool = True) -> None:
         return
     index = next((folder / file for file in INDEXES if (folder / file).is_file()), None)
     single = next((folder / file for file in SINGLE if (folder / file).is_file()), None)
-    if single is None and index is None:
+    if single:
+        files = [single]
+    elif index:
+        files = sorted({folder / file for file in _shards(where, index)})
+    else:
         raise UserError(f"{where}: the folder {folder.resolve()} has no weights ({', '.join((*SINGLE, INDEXES[0]))})")
-    files = [single] if single else sorted({folder / file for file in _shards(where, index)})
-    if missing := [file.name for file in files if not file.is_file()]:
+    if index and (missing := [file.name for file in files if not file.is_file()]):
         raise UserError(
             f"{where}: {index.name} names {len(files)} files, and {', '.join(missing[:3])}"
             f"{' ...' if len(missing) > 3 else ''} is not there: download or copy the model again"

@@ -94,7 +94,7 @@ def _questions(module: str, path: Path):
                     yield f"What does {module}.{node.name}.{method.name}({ast.unparse(method.args)}) do?", answer
 
 
-def _answer(node: ast.AST) -> str:
+def _answer(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     """The docstring's first paragraphs, up to MOST_CHARACTERS; empty where there is none worth asking for."""
     text = inspect.cleandoc(ast.get_docstring(node) or "")
     while len(text) > MOST_CHARACTERS and "\n\n" in text:

@@ -13,14 +13,14 @@ import io
 import itertools
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 READABLE = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} behind it"
 ROWS_AT_ONCE = 10_000  # as Python objects; then they are Arrow's, a tenth of the size
@@ -57,7 +57,7 @@ def read_files(
             table, columns = _read(path, wanted, texts, delimiter)
         except (Unreadable, OSError, EOFError, ValueError, lzma.LZMAError, pa.ArrowException) as error:
             where = f"{path.name}: " if len(paths) > 1 else ""
-            raise Unreadable(where + _reason(error, format_of(path))) from error
+            raise Unreadable(where + _reason(error, format_of(path) or "")) from error
         tables.append(table)
         names |= dict.fromkeys(columns)
     return _concatenated(tables), list(names)

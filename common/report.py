@@ -33,7 +33,7 @@ def read_summary(run_dir: str | Path) -> dict:
     summary, points = read_json(Path(run_dir) / "summary.json"), series(read_metrics(run_dir), "loss")
     if not summary and not points:
         raise UserError(f"{run_dir}: neither summary.json nor metrics.jsonl: train first, or name another run folder")
-    losses = list(points.values()) or [None]
+    losses: list[float | None] = list(points.values()) or [None]
     known = {"status": "unfinished", "steps": max(points, default=0), "first_loss": losses[0], "last_loss": losses[-1]}
     return known | summary
 

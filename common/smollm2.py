@@ -69,7 +69,7 @@ def _source() -> Path:
         if not Path(named).is_file():
             raise UserError(f"{VARIABLE}={named}: no such file; set it to a copy of {FILE}, or unset it")
         file = Path(named)
-    elif package := find_spec(PACKAGE):
+    elif (package := find_spec(PACKAGE)) and package.submodule_search_locations:
         file = Path(package.submodule_search_locations[0]) / FILE
     else:
         file = None

@@ -117,7 +117,8 @@ def _backend(cfg: BaseConfig, run_dir: Path, project: str) -> Callable[[], Backe
     name, run_dir = cfg.tracking.backend, run_dir.resolve()
     if name == "none" or (name == "wandb" and _wandb_is_disabled()):
         return None
-    return lambda: {"mlflow": MlflowBackend, "wandb": WandbBackend}[name](cfg, run_dir, project)
+    backends: dict[str, Callable[..., Backend]] = {"mlflow": MlflowBackend, "wandb": WandbBackend}
+    return lambda: backends[name](cfg, run_dir, project)
 
 
 def _wandb_is_disabled() -> bool:
@@ -145,7 +146,7 @@ class Tracker:
             self._warn(f"{_first_words(error)}; all metrics are in metrics.jsonl")
             return
         # A daemon: a thread that is stuck in a dead connection does not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(self._backend,), name="tracker", daemon=True)
         self._thread.start()
         self._wait(self._started.wait, START_PATIENCE)  # a slower start goes on beside the training
 
@@ -183,8 +184,7 @@ class Tracker:
         wait(max(0.0, min(limit, self._patience)))
         self._patience -= time.monotonic() - began
 
-    def _work(self) -> None:
-        backend = self._backend
+    def _work(self, backend: Backend) -> None:
         try:
             backend.start()
             self._started.set()
@@ -278,8 +278,8 @@ class MlflowBackend:
         if path == self._uri:  # a server sees to that
             yield
             return
-        path = Path(path.partition("?")[0])
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
+        file = Path(path.partition("?")[0])
+        with file.with_name(f".{file.name}.lock").open("w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield

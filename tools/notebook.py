@@ -73,7 +73,7 @@ def install(extra: str) -> None:
 
 
 def _name(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0]
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
 
 
 def _version(package: str) -> str | None:
@@ -221,7 +221,7 @@ def _show(command: list[str], quiet: bool = False) -> None:
 def _lines(process: subprocess.Popen) -> Iterator[tuple[str, bool]]:
     """Each line that `process` prints, and whether it is complete: one that will be overwritten is not."""
     decode, text = codecs.getincrementaldecoder("utf-8")("replace").decode, ""
-    while chunk := os.read(process.stdout.fileno(), 65536):
+    while chunk := os.read(process.stdout.fileno(), 65536):  # type: ignore[union-attr]
         *ended, text = re.split(r"(?<=[\r\n])", text + decode(chunk).replace("\r\n", "\n"))
         for line in ended:
             yield line[:-1], line.endswith("\n")
@@ -234,7 +234,7 @@ def show_figure(path: str) -> None:
     from IPython.display import SVG, display
 
     drawing = (REPOSITORY / path).read_text(encoding="utf-8")
-    width, height = re.search(r'<svg [^>]*?width="(\d+)" height="(\d+)"', drawing).groups()
+    width, height = re.findall(r'<svg [^>]*?width="(\d+)" height="(\d+)"', drawing)[0]
     smaller = f'width="{PAGE_WIDTH}" height="{int(height) * PAGE_WIDTH // int(width)}"'  # its viewBox scales it
     display(SVG(data=drawing.replace(f'width="{width}" height="{height}"', smaller, 1)))
 

@@ -42,7 +42,8 @@ def is_source(path: Path) -> bool:
 
 def source(text: str, address: str, revision: str) -> str:
     """The source with the repository's address, everywhere, and the revision, if there is one."""
-    text = text.replace(ADDRESS.search(text)[1], address)
+    if old := ADDRESS.search(text):
+        text = text.replace(old[1], address)
     return PIN.sub(f'REVISION = "{revision}"', text) if revision else text
 
 

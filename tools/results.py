@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common import errors
@@ -37,14 +37,14 @@ def read(folder: Path, *names: str) -> list[dict]:
         raise UserError(f"{error.filename}: no such record; a program in bench/ writes it") from None
 
 
-def table(records: list[dict], columns: dict[str, Callable[[dict], object]], caption: str) -> str:
+def table(records: list, columns: Mapping[str, Callable[..., object]], caption: str) -> str:
     """Markdown on lines of its own; the first column stands to the left, the others to the right."""
     rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[str(value(r)) for value in columns.values()] for r in records]
     return "\n".join(["\n", *(f"| {' | '.join(row)} |" for row in rows), "", f"*{caption}*", "\n"])
 
 
-def shared(records: list[dict], value: Callable[[dict], object]) -> str:
+def shared(records: list[dict], value: Callable[..., object]) -> str:
     """What all records have in common, or everything that occurs."""
     return ", ".join(dict.fromkeys(str(value(r)) for r in records))
 
@@ -520,7 +520,7 @@ def real_losses(folder: Path) -> str:
 
     names = {"base": "before training", PLAIN: f"{PLAIN}, one GPU, three orders of the rows"}
     names |= {name: f"`{name}`" for name in real_projects(records)}
-    columns = {"held-out loss": lambda name: names[name]}
+    columns: dict[str, Callable[..., str]] = {"held-out loss": lambda name: names[name]}
     columns |= {real_heading(r): lambda name, r=r: ends(r, name) for r in records}
     caption = (
         f"SmolLM2-135M-Instruct, {real_machine(records)}. Each process has 14.7 GiB of its GPU, a T4's. –: not run, or "
@@ -538,7 +538,7 @@ def real_closeness(folder: Path) -> str:
         plain, losses = (run.get("losses", [])[:20] for run in (r["plain"].get("42", {}), r["projects"].get(name, {})))
         return f"{max(abs(a / b - 1) for a, b in zip(losses, plain, strict=False)):.0e}" if plain and losses else "–"
 
-    columns = {"largest distance of the first 20 losses": lambda name: f"`{name}`"}
+    columns: dict[str, Callable[..., str]] = {"largest distance of the first 20 losses": lambda name: f"`{name}`"}
     columns |= {real_heading(r): lambda name, r=r: furthest(r, name) for r in records}
     caption = "Relative, from the plain loop that sees the same rows in each step."
     return table(real_projects(records), columns, caption) if records else ""
@@ -557,7 +557,9 @@ def real_answers(folder: Path) -> str:
         found = runs[0]["base" if name == "base" else "fine_tuned"]
         return f"{found['perplexity']:.2f}" + (f" / {found['rouge_l']:.3f}" if "rouge_l" in found else "")
 
-    columns = {"perplexity / ROUGE-L": lambda name: "before training" if name == "base" else f"`{name}`"}
+    columns: dict[str, Callable[..., str]] = {
+        "perplexity / ROUGE-L": lambda name: "before training" if name == "base" else f"`{name}`"
+    }
     columns |= {real_heading(r): lambda name, r=r: figures(r, name) for r in records}
     names = ["base", *real_projects(records)]
     return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
@@ -565,7 +567,7 @@ def real_answers(folder: Path) -> str:
 
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
-BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
     "real losses": (real_losses,),
     "real closeness": (real_closeness,),
     "real answers": (real_answers,),
@@ -626,14 +628,15 @@ def excerpt(what: str, repository: Path) -> str:
     file, _, name = place.partition(" ")
     path = repository / file
     source = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds) and node.name == name]
     if not found:
         raise UserError(f"<!-- code: {what} -->: no {name} in {file}")
     body = found[0].body
     has_docstring = ast.get_docstring(found[0]) is not None
     code = source.splitlines()[found[0].lineno - 1 : found[0].end_lineno]
     if has_docstring:
-        del code[body[0].lineno - found[0].lineno : body[0].end_lineno - found[0].lineno + 1]
+        del code[body[0].lineno - found[0].lineno : (body[0].end_lineno or 0) - found[0].lineno + 1]
     if lines:
         first, _, last = lines.partition(" … ")
         begins = [i for i, line in enumerate(code) if line.strip().startswith(first)]
