@@ -11,7 +11,7 @@ PROJECT = "deepspeed-offload"
 
 @dataclass
 class OffloadConfig:
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
+    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name next to train.py")
     optimizer: str = key(
         "cpu_adam", "AdamW on the CPU: DeepSpeed's, compiled on first use, or torch's", choices=("cpu_adam", "torch")
     )

@@ -14,7 +14,7 @@ PROJECT = "llm-foundry-finetune"
 
 @dataclass
 class FoundryConfig:
-    file: str = key("foundry.yaml", "LLM Foundry's own settings: a path, or a name beside train.py")
+    file: str = key("foundry.yaml", "LLM Foundry's own settings: a path, or a name next to train.py")
     packing_ratio: float = key(1.0, "rows of data packed into one sequence, on average; 1: none are packed", minimum=1)
 
 

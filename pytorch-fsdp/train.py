@@ -8,7 +8,7 @@ before the layer computes and dropped right after; its gradients are summed and 
     torchrun --nproc_per_node 2 pytorch-fsdp/train.py             # the same as launch.sh on two GPUs
     python pytorch-fsdp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
-    # Gloo beside NCCL: with cpu_offload, gradients are in host memory when the scaler looks for infinities in them.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
+    # Gloo as well: with cpu_offload, gradients are in host memory when the scaler looks for infinities in them.
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     options = {"backend": backend, "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
         dist.init_process_group(**options)
     else:  # started with plain python: a group of one
         dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
-    if not gpus:  # Gloo of torch 2.7 sums where it is told to average
+    if not gpus:  # Gloo of torch 2.7 sums when it is asked to average
         averaged = torch.zeros(1)
         reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
         reduce_scatter(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
@@ -146,7 +146,7 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
         loss = model(**micro_batch)  # in the policy's type: nothing is left for autocast
         scaler.scale(loss * scale).backward()
         loss_sum += loss.detach()
-    scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this tells all ranks of it
+    scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this informs all ranks
     # Every rank has the squares of its shards. In fp64: on a CPU (cpu_offload), PyTorch's fp32 norm of a tensor of this
     # size is off by percents.
     shards = [parameter.grad.to_local() for parameter in model.parameters()]

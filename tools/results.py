@@ -37,7 +37,7 @@ def read(folder: Path, *names: str) -> list[dict]:
 
 
 def table(records: list[dict], columns: dict[str, Callable[[dict], object]], caption: str) -> str:
-    """Markdown on lines of its own; the first column stands to the left, the others to the right."""
+    """Markdown on lines of its own; the first column is left-aligned, the other ones right-aligned."""
     rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[str(value(r)) for value in columns.values()] for r in records]
     return "\n".join(["\n", *(f"| {' | '.join(row)} |" for row in rows), "", f"*{caption}*", "\n"])
@@ -78,7 +78,7 @@ def figure(text: str) -> Callable[[dict], str]:
 
 
 def entry(text: str) -> Callable[[dict], str]:
-    """A column of what stands in the record beside its summary."""
+    """A column of what is in the record besides its summary."""
     return lambda r: text.format(**r)
 
 
@@ -99,15 +99,15 @@ def speed_table(folder: Path, *names: str) -> str:
         "GPUs": lambda r: r["gpus"],
         "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "a GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
-        "TFLOP/s a GPU": lambda r: f"{tflops(r):.0f}",
+        "per GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
+        "TFLOP/s per GPU": lambda r: f"{tflops(r):.0f}",
         "share of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
         "MFU": figure("{mfu:.1%}"),
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
         "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
     }
     ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
-    return table(records, columns, f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s a GPU.")
+    return table(records, columns, f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU.")
 
 
 def memory_table(folder: Path, *names: str) -> str:
@@ -124,7 +124,7 @@ def memory_table(folder: Path, *names: str) -> str:
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
-    """What the tensors of a GPU should take, by term, beside what they took."""
+    """What the tensors of a GPU should take, by term, next to what they took."""
     records = read(folder, *(f"memory-{name}" for name in names))
 
     def gib(term: str) -> Callable[[dict], str]:
@@ -198,7 +198,7 @@ def offload_table(folder: Path, *names: str) -> str:
 
 
 def prediction_table(folder: Path, *names: str) -> str:
-    """What the preflight predicted beside what was measured, and the host's peak by phase."""
+    """What the preflight predicted next to what was measured, and the host's peak by phase."""
     records = read(folder, *names)
 
     def predicted(place: str, measured: str) -> dict[str, Callable[[dict], object]]:
@@ -422,7 +422,7 @@ def foundry_headline(folder: Path, name: str) -> str:
 
 
 def equality_table(folder: Path, name: str) -> str:
-    """Losses of all projects on the same model and rows, beside a plain loop's."""
+    """Losses of all projects on the same model and rows, next to a plain loop's."""
     (r,) = read(folder, name)
     plain, steps = r["plain"], len(r["plain"])
 
@@ -487,7 +487,7 @@ def real_machine(records: list[dict]) -> str:
 
 
 def real_losses(folder: Path) -> str:
-    """Held-out losses of one real model after the same training by all projects, beside a plain loop's."""
+    """Held-out losses of one real model after the same training by all projects, next to a plain loop's."""
     records = real_records(folder)
     if not records:
         return "\n\n*Not measured yet: `python bench/real.py` writes the records.*\n\n"
@@ -632,7 +632,7 @@ def excerpt(what: str, repository: Path) -> str:
 
 
 def filled(text: str, repository: Path) -> str:
-    """`text` with every block made anew."""
+    """`text` with every block filled again."""
 
     def fill(found: re.Match) -> str:
         name = found[1]
