@@ -59,8 +59,6 @@ GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be lar
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes in the environment; return rank, world size and device."""
     gpus = torch.cuda.device_count()
-    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher has a name of its own for it
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     runtime.check_process_count()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
     runtime.check_device(cfg, device)
