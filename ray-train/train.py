@@ -267,6 +267,7 @@ def main() -> int:
     ds_config = read_ds_config(cfg.ray.ds_config, Path(__file__).parent)
     config = {"cfg": cfg, "ds_config": ds_config, "console": None}
     if "RANK" in os.environ:  # torchrun or deepspeed has started this process as a worker: Ray's local mode, no cluster
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
         config |= {"stop": runtime.StopRequest(cfg.runtime), "keep": cfg.checkpoint.keep}
         scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
         TorchTrainer(train_loop_per_worker, train_loop_config=config, scaling_config=scaling).fit()
