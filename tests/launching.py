@@ -8,6 +8,7 @@ as a user has it. Tests that stop or kill a run are cold, and compare it with a 
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import signal
