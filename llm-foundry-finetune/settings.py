@@ -3,8 +3,6 @@
 Apart from `train.py`, so that `eval.py` and `prepare_data.py` need no LLM Foundry.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from common.config import BaseConfig, key
