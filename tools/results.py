@@ -577,7 +577,7 @@ def hardware(results: Path) -> str:
     caption = (
         f"Peak memory per GPU (per stage in `deepspeed-pipeline`) and of the host; tokens/s of all GPUs together. Each "
         f"process may allocate {limit} GiB, what a 16 GB T4 offers, and computes in {form}. `1/2 of one` GPU: two "
-        f"processes share it. In `ray-tune`, two trials share it, and the figures are the better trial's. Host memory "
+        f"processes share it. In `ray-tune`, two trials share it, and the figures are the best trial's. Host memory "
         f"in `ray-train` is that of one of two Ray nodes, with one worker each. Random weights of the published "
         f"shapes, torch {versions}, {dates[0]} to {dates[-1]}, commits {commits} with local changes (`pytorch-ddp`: "
         f"not recorded)."
