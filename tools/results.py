@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -550,9 +551,63 @@ def real_answers(folder: Path) -> str:
     return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
 
 
+def hardware(results: Path) -> str:
+    """What one run of each project takes of a 16 GB GPU and of the host, and its speed on the GPU it ran on."""
+    records = [read(results.parent / project, name)[0] for project, name in HARDWARE.items()]
+    by_stage = lambda r: r["summary"].get("peak_gpu_gib_by_rank", [r["summary"]["peak_gpu_gib"]])  # noqa: E731
+
+    def fits_on(r: dict) -> str:
+        return "1 × 16 GB per trial" if r["project"] == "ray-tune" else f"{r['gpus']} × 16 GB"
+
+    columns = {
+        "project": lambda r: f"[`{r['project']}`]({r['project']}/README.md)",
+        "GPU, GiB": lambda r: " / ".join(f"{peak:.1f}" for peak in by_stage(r)),
+        "host, GiB": figure("{peak_host_gib:.1f}"),
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "measured on": gpus_of,
+        "fits on": fits_on,
+    }
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    form = shared(records, lambda r: r["settings"]["train.precision"])
+    versions = shared(records, lambda r: r["environment"]["versions"]["torch"])
+    dates = sorted(r["date"] for r in records)
+    commits = shared(
+        [r for r in records if r["environment"].get("git_commit")], lambda r: r["environment"]["git_commit"][:10]
+    )
+    caption = (
+        f"Peak memory per GPU (per stage in `deepspeed-pipeline`) and of the host; tokens/s of all GPUs together. Each "
+        f"process may allocate {limit} GiB, what a 16 GB T4 offers, and computes in {form}. `1/2 of one` GPU: two "
+        f"processes share it. In `ray-tune`, two trials share it, and the figures are the best trial's. Host memory "
+        f"in `ray-train` is that of one of two Ray nodes, with one worker each. Random weights of the published "
+        f"shapes, torch {versions}, {dates[0]} to {dates[-1]}, commits {commits} with local changes (`pytorch-ddp`: "
+        f"not recorded)."
+    )
+    return table(records, columns, caption)
+
+
+def kaggle_badge(folder: Path) -> str:
+    """A badge that opens pytorch-ddp's training on Kaggle, from the repository whose address is in pyproject.toml."""
+    settings = tomllib.loads((folder.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    notebook = f"{settings['project']['urls']['Repository']}/blob/main/pytorch-ddp/notebooks/train.ipynb"
+    image = "https://kaggle.com/static/images/open-in-kaggle.svg"
+    return f"[![Open in Kaggle]({image})](https://kaggle.com/kernels/welcome?src={notebook})"
+
+
+# The run of each project that the main README's hardware table shows, in results/PROJECT/.
+HARDWARE = {
+    "pytorch-ddp": "memory-micro-4",
+    "pytorch-fsdp": "memory-micro-8",
+    "deepspeed-offload": "1024-micro-16",
+    "deepspeed-pipeline": "shipped",
+    "llm-foundry-finetune": "speed-t4-settings",
+    "ray-train": "2gpu-micro-4",
+    "ray-tune": "1gpu-six-asha",
+}
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+    "hardware": (hardware,),
+    "kaggle badge": (kaggle_badge,),
     "real losses": (real_losses,),
     "real closeness": (real_closeness,),
     "real answers": (real_answers,),
