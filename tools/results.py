@@ -67,6 +67,13 @@ def machine(records: list[dict]) -> str:
     return f"{gpus}, {versions}. Weights: {weights}. Text: {text}, {form}"
 
 
+def commit(records: list[dict]) -> str:
+    """A sentence with the commit that the records were made at; empty where none noted it."""
+    noted = [r["environment"]["git_commit"] for r in records if r["environment"].get("git_commit")]
+    short = shared(noted, lambda text: " ".join([text.split()[0][:10], *text.split()[1:]]))
+    return f" Commit {short}." if noted else ""
+
+
 def limited(records: list[dict]) -> str:
     """The caption where each GPU has the memory of a smaller one."""
     limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
@@ -102,13 +109,14 @@ def speed_table(folder: Path, *names: str) -> str:
         "tokens/s": figure("{tokens_per_second:,.0f}"),
         "per GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
         "TFLOP/s per GPU": lambda r: f"{tflops(r):.0f}",
-        "share of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
+        "of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
         "MFU": figure("{mfu:.1%}"),
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
         "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
     }
     ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
-    return table(records, columns, f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU.")
+    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU.{commit(records)}"
+    return table(records, columns, caption)
 
 
 def memory_table(folder: Path, *names: str) -> str:
@@ -121,7 +129,7 @@ def memory_table(folder: Path, *names: str) -> str:
         "steps": figure("{steps}"),
         "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, limited(records) + commit(records))
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
@@ -142,7 +150,7 @@ def arithmetic_table(folder: Path, *names: str) -> str:
         "measured": gib("measured"),
         "of the sum": lambda r: f"{r['arithmetic_gib']['measured / sum']:.0%}",
     }
-    return table(records, columns, f"{machine(records)}")
+    return table(records, columns, f"{machine(records)}.{commit(records)}")
 
 
 def io_table(folder: Path, name: str) -> str:
@@ -155,7 +163,7 @@ def io_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['gpus']} × {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, "
         f"{r['date']}, files in memory (/dev/shm). Published weights: {r['published_fp16_gib']:.2f} GiB in fp16, "
-        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}."
+        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}.{commit([r])}"
     )
     return table(list(r["phases"].items()), columns, caption)
 
@@ -189,13 +197,13 @@ def offload_table(folder: Path, *names: str) -> str:
         "run": lambda r: r["label"],
         "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "seconds a step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
+        "seconds per step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
         "GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
         "host peak GiB": figure("{peak_host_gib:.1f}"),
         "GPUs": lambda r: r["gpus"],
         "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, limited(records) + commit(records))
 
 
 def prediction_table(folder: Path, *names: str) -> str:
@@ -218,7 +226,8 @@ def prediction_table(folder: Path, *names: str) -> str:
         **predicted("host", "peak_host_gib"),
         "host by phase": lambda r: " / ".join(f"{r['host_peaks_gib'][phase]:.1f}" for phase in phases),
     }
-    return table(records, columns, f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far.")
+    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far.{commit(records)}"
+    return table(records, columns, caption)
 
 
 def offload_headline(folder: Path, name: str) -> str:
@@ -241,16 +250,16 @@ def pipeline_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
-        "of a GPU": lambda r: share(r) or "all",
+        "share of a GPU": lambda r: share(r) or "all",
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
-        "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
+        "ms per micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),
         "tokens/s": figure("{tokens_per_second:,.0f}"),
         "efficiency": lambda r: f"{r['efficiency']:.0%}",
         "ideal": lambda r: f"{r['ideal']:.0%}",
         "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, limited(records) + commit(records))
 
 
 def stage_costs_table(folder: Path, name: str) -> str:
@@ -267,9 +276,9 @@ def stage_costs_table(folder: Path, name: str) -> str:
     }
     caption = (
         f"One {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, {r['date']}. "
-        f"{r['settings']['data.max_length']} tokens a row in {r['settings']['train.precision']}, a T4's attention "
+        f"{r['settings']['data.max_length']} tokens per row in {r['settings']['train.precision']}, a T4's attention "
         f"kernels, activation checkpointing {'on' if r['checkpointing'] else 'off'}; forward and backward. By "
-        f"operations the head weighs {r['computed_head_layers']:.1f} layers."
+        f"operations the head weighs {r['computed_head_layers']:.1f} layers.{commit([r])}"
     )
     return table(r["cases"], columns, caption)
 
