@@ -120,13 +120,13 @@ def tune_search(results: Path) -> Figure:
 
 
 def tune_parameters(results: Path) -> Figure:
-    """The same search: each hyper-parameter against the loss at the first rung and at the end."""
+    """The same search: each hyperparameter against the loss at the first rung and at the end."""
     (record,) = read(results / "ray-tune", "early-stopping")
     real = record["searches"][0]
     trials = record["draws"]["smoke.yaml"][record["seeds"].index(real["seed"])][: real["trials"]]
     names = ["learning_rate", "weight_decay", "warmup_steps", "micro_batch_size"]
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
-    figure.suptitle("ray-tune: loss against each hyper-parameter", fontsize=13)
+    figure.suptitle("ray-tune: loss against each hyperparameter", fontsize=13)
     whole = [i for i, steps in enumerate(real["steps"]) if steps == record["budget"]]
     for axes, name in zip(figure.subplots(2, 2, sharey=True).flat, names, strict=True):
         style_axes(axes, "", "", name)
