@@ -6,6 +6,7 @@ out of date.
     <!-- results: NAME --> … <!-- end results -->          the table NAME of BLOCKS, below
     <!-- code: FILE FUNCTION --> … <!-- end code -->       a function of FILE, without its docstring
     <!-- code: FILE FUNCTION: FIRST … LAST --> …           its lines from the one that begins with FIRST to LAST
+    <!-- code: FILE.yaml KEY --> …                         a top-level key of a YAML file, with its comments
 
 A table is a list of records and a list of columns; a column is its heading and a function of the record.
 """
@@ -67,13 +68,6 @@ def machine(records: list[dict]) -> str:
     return f"{gpus}, {versions}. Weights: {weights}. Text: {text}, {form}"
 
 
-def commit(records: list[dict]) -> str:
-    """A sentence with the commit that the records were made at; empty where none noted it."""
-    noted = [r["environment"]["git_commit"] for r in records if r["environment"].get("git_commit")]
-    short = shared(noted, lambda text: " ".join([text.split()[0][:10], *text.split()[1:]]))
-    return f" Commit {short}." if noted else ""
-
-
 def limited(records: list[dict]) -> str:
     """The caption where each GPU has the memory of a smaller one."""
     limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
@@ -83,6 +77,13 @@ def limited(records: list[dict]) -> str:
 def figure(text: str) -> Callable[[dict], str]:
     """A column of the summary's figures, which a failed run does not have."""
     return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
+
+
+def commit(records: list[dict]) -> str:
+    """The commits that the records were measured at, for the end of a caption."""
+    commits = shared(records, lambda r: (r["environment"].get("git_commit") or "unknown").split()[0][:10])
+    changed = any("with local changes" in (r["environment"].get("git_commit") or "") for r in records)
+    return f"Commit {commits}{', with local changes' if changed else ''}."
 
 
 def entry(text: str) -> Callable[[dict], str]:
@@ -115,7 +116,7 @@ def speed_table(folder: Path, *names: str) -> str:
         "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
     }
     ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
-    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU.{commit(records)}"
+    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU. {commit(records)}"
     return table(records, columns, caption)
 
 
@@ -150,7 +151,7 @@ def arithmetic_table(folder: Path, *names: str) -> str:
         "measured": gib("measured"),
         "of the sum": lambda r: f"{r['arithmetic_gib']['measured / sum']:.0%}",
     }
-    return table(records, columns, f"{machine(records)}.{commit(records)}")
+    return table(records, columns, f"{machine(records)}. {commit(records)}")
 
 
 def io_table(folder: Path, name: str) -> str:
@@ -226,7 +227,7 @@ def prediction_table(folder: Path, *names: str) -> str:
         **predicted("host", "peak_host_gib"),
         "host by phase": lambda r: " / ".join(f"{r['host_peaks_gib'][phase]:.1f}" for phase in phases),
     }
-    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far.{commit(records)}"
+    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far. {commit(records)}"
     return table(records, columns, caption)
 
 
@@ -303,7 +304,7 @@ def profile_table(folder: Path, *names: str) -> str:
         "neither": entry("{step-profile[idle]:.2f}"),
         "longest pause between exchanges": entry("{step-profile[longest_pause]:.2f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def held_seconds(r: dict) -> float:
@@ -317,18 +318,28 @@ def search_table(folder: Path, *names: str) -> str:
     records = read(folder, *names)
     columns = {
         "search": lambda r: r["label"],
-        "steps a trial": lambda r: r["settings"]["train.max_steps"],
         "stopped": figure("{search[stopped]}"),
         "device seconds": lambda r: f"{held_seconds(r):.0f}",
-        "of these training": figure("{search[device_seconds]:.0f}"),
         "seconds": figure("{search[wall_seconds]:.0f}"),
         "devices busy": figure("{search[devices_busy]:.0%}"),
-        "best": figure("{search[best]}"),
-        "its held-out loss": figure("{search[best_eval_loss]:.4f}"),
-        "the default's": figure("{search[default_eval_loss]:.4f}"),
-        "its GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
+        "best loss": figure("{search[best_eval_loss]:.4f}"),
+        "default's": figure("{search[default_eval_loss]:.4f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
+
+
+def search_details_table(folder: Path, *names: str) -> str:
+    """What `search_table` leaves out."""
+    records = read(folder, *names)
+    columns = {
+        "search": lambda r: r["label"],
+        "steps per trial": lambda r: r["settings"]["train.max_steps"],
+        "device seconds held": lambda r: f"{held_seconds(r):.0f}",
+        "device seconds training": figure("{search[device_seconds]:.0f}"),
+        "best trial": figure("{search[best]}"),
+        "its peak GPU GiB": figure("{peak_gpu_gib:.1f}"),
+    }
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def early_stopping_table(folder: Path, name: str) -> str:
@@ -346,18 +357,18 @@ def early_stopping_table(folder: Path, name: str) -> str:
         "space": lambda row: row["space"],
         "trials": lambda row: row["trials"],
         "first rung": lambda row: row["grace_period"],
-        "steps taken": entry("{ours[share]:.0%}"),
-        "most": entry("{ours[largest_share]:.0%}"),
-        "at most half": entry("{ours[at_most_half]}"),
-        "best found": entry("{ours[best_found]}"),
-        "or within noise": entry("{ours[best_within_noise]}"),
-        "loss missed": entry("{ours[missed]:.3f}"),
-        "at worst": entry("{ours[most_missed]:.3f}"),
+        "steps taken, mean": entry("{ours[share]:.0%}"),
+        "largest": entry("{ours[largest_share]:.0%}"),
+        "draws with at most half": entry("{ours[at_most_half]}"),
+        "draws with the best found": entry("{ours[best_found]}"),
+        "or one within noise": entry("{ours[best_within_noise]}"),
+        "loss missed, mean": entry("{ours[missed]:.3f}"),
+        "largest miss": entry("{ours[most_missed]:.3f}"),
     }
     caption = (
-        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: "
-        f"their mean, the worst of them, and in how many of them. Budget {r['budget']} steps, reduction {shipped}. "
-        f"Noise: a difference of at most {within:.2f}."
+        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws of "
+        f"the trials. Budget {r['budget']} steps, reduction {shipped}. Noise: a difference of at most {within:.2f}. "
+        f"{commit([r])}"
     )
     return table(rows, columns, caption)
 
@@ -379,20 +390,20 @@ def early_stopping_headline(folder: Path, replays: str, with_it: str, without: s
 
 
 def ray_train_table(folder: Path, *names: str) -> str:
-    """Micro-batch and Ray against speed; a step's time says how far one run's is from another's by chance."""
+    """What Ray costs. Single steps show how far two runs are apart by chance."""
     records = read(folder, *names)
     columns = {
         "run": lambda r: r["label"],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "seconds of steps 3, 4, 5, last": lambda r: " / ".join(
+        "steps 3, 4, 5 and last, s": lambda r: " / ".join(
             f"{step['step_seconds']:.2f}" for step in (*r["first_steps"][3:6], *r["last_steps"])
         ),
-        "peak GiB": figure("{peak_gpu_gib:.1f}"),
-        "host peak GiB": figure("{peak_host_gib:.1f}"),
-        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f} ({steps} steps)"),
+        "GPU GiB": figure("{peak_gpu_gib:.1f}"),
+        "host GiB": figure("{peak_host_gib:.1f}"),
+        "last loss": figure("{last_loss:.3f} (step {steps})"),
     }
     is_limited = all("runtime.gpu_memory_limit_gib" in r["settings"] for r in records)
-    return table(records, columns, limited(records) if is_limited else f"{machine(records)}.")
+    return table(records, columns, f"{limited(records) if is_limited else machine(records) + '.'} {commit(records)}")
 
 
 def ray_train_headline(folder: Path, *names: str) -> str:
@@ -404,7 +415,7 @@ def ray_train_headline(folder: Path, *names: str) -> str:
 
 
 def foundry_table(folder: Path, *names: str) -> str:
-    """The same places a step; how many of them hold tokens, and how long a step takes."""
+    """Tokens per second, how much of a batch is tokens and not padding, and how long a step takes."""
     records = read(folder, *names)
 
     def steps(r: dict) -> list[dict]:  # those that the record has, but for the first
@@ -416,11 +427,11 @@ def foundry_table(folder: Path, *names: str) -> str:
     columns = {
         "run": lambda r: r["label"],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "places filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
-        "median seconds a step": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
+        "batch filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
+        "median step, s": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def foundry_headline(folder: Path, name: str) -> str:
@@ -654,6 +665,15 @@ BLOCKS = {  # "PROJECT TABLE": what makes it, from which records of results/PROJ
     "ray-train headline": (ray_train_headline, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
     "ray-tune search": (search_table, "six-asha", "asha", "none", "sixteen-asha", "sixteen-none", "1gpu-six-asha"),
+    "ray-tune search details": (
+        search_details_table,
+        "six-asha",
+        "asha",
+        "none",
+        "sixteen-asha",
+        "sixteen-none",
+        "1gpu-six-asha",
+    ),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping", "sixteen-asha", "sixteen-none"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
@@ -672,19 +692,17 @@ def tables(project: str, results: Path) -> list[str]:
 
 
 def excerpt(what: str, repository: Path) -> str:
-    """The code that a block `FILE FUNCTION[: FIRST … LAST]` names, dedented. Raises `UserError` if it is not there."""
+    """The code that a block `FILE NAME[: FIRST … LAST]` names, dedented. Raises `UserError` if it is not there.
+
+    NAME is a function or class of a Python file, or a top-level key of a YAML file.
+    """
     place, _, lines = what.partition(": ")
     file, _, name = place.partition(" ")
     path = repository / file
     source = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name]
-    if not found:
+    code = _yaml_section(source, name) if is_yaml(file) else _function(source, name)
+    if not code:
         raise UserError(f"<!-- code: {what} -->: no {name} in {file}")
-    body = found[0].body
-    has_docstring = ast.get_docstring(found[0]) is not None
-    code = source.splitlines()[found[0].lineno - 1 : found[0].end_lineno]
-    if has_docstring:
-        del code[body[0].lineno - found[0].lineno : body[0].end_lineno - found[0].lineno + 1]
     if lines:
         first, _, last = lines.partition(" … ")
         begins = [i for i, line in enumerate(code) if line.strip().startswith(first)]
@@ -693,6 +711,34 @@ def excerpt(what: str, repository: Path) -> str:
             raise UserError(f"<!-- code: {what} -->: {name} of {file} has no such lines")
         code = code[begins[0] : ends[-1] + 1]
     return textwrap.dedent("\n".join(code))
+
+
+def is_yaml(file: str) -> bool:
+    return file.endswith((".yaml", ".yml"))
+
+
+def _function(source: str, name: str) -> list[str]:
+    """Lines of the function or class `name` without its docstring; empty: there is none."""
+    found = next((node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name), None)
+    if found is None:
+        return []
+    code = source.splitlines()[found.lineno - 1 : found.end_lineno]
+    if ast.get_docstring(found) is not None:
+        docstring = found.body[0]
+        del code[docstring.lineno - found.lineno : docstring.end_lineno - found.lineno + 1]
+    return code
+
+
+def _yaml_section(source: str, key: str) -> list[str]:
+    """Lines of the top-level `key`, up to the next one or to the comment above that; empty: there is none."""
+    lines = source.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), len(lines))
+    end = begin + 1
+    while end < len(lines) and (not lines[end] or lines[end][0] in " #-"):
+        end += 1
+    while end > begin + 1 and (not lines[end - 1] or lines[end - 1][0] == "#"):
+        end -= 1
+    return lines[begin:end]
 
 
 def filled(text: str, repository: Path) -> str:
@@ -705,7 +751,8 @@ def filled(text: str, repository: Path) -> str:
         return f"<!-- results: {name} -->{block(name, repository / 'results')}<!-- end results -->"
 
     def fill_code(found: re.Match) -> str:
-        return f"<!-- code: {found[1]} -->\n```python\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
+        language = "yaml" if is_yaml(found[1].partition(" ")[0]) else "python"
+        return f"<!-- code: {found[1]} -->\n```{language}\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
 
     for kind, pattern, make in (("results", BLOCK, fill), ("code", CODE, fill_code)):
         text, blocks = pattern.subn(make, text)
