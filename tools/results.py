@@ -130,7 +130,7 @@ def memory_table(folder: Path, *names: str) -> str:
         "steps": figure("{steps}"),
         "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
     }
-    return table(records, columns, limited(records) + commit(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
@@ -204,7 +204,7 @@ def offload_table(folder: Path, *names: str) -> str:
         "GPUs": lambda r: r["gpus"],
         "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
-    return table(records, columns, limited(records) + commit(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def prediction_table(folder: Path, *names: str) -> str:
@@ -260,7 +260,7 @@ def pipeline_table(folder: Path, *names: str) -> str:
         "ideal": lambda r: f"{r['ideal']:.0%}",
         "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
     }
-    return table(records, columns, limited(records) + commit(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def stage_costs_table(folder: Path, name: str) -> str:
