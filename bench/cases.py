@@ -134,7 +134,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder made by bench/real_shapes.py, with its random weights or without")
-    parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's data set")
+    parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's dataset")
     parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
     parser.add_argument(
         "--only", nargs="*", default=[""], metavar="NAME", help="this case, or those whose names begin so"
@@ -172,7 +172,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         settings.append(f"data.name={arguments.text}")
     source = {
         "weights": "random, of the published shapes" if arguments.model else "the published ones",
-        "text": arguments.text_is if arguments.text else "the data set of config.yaml",
+        "text": arguments.text_is if arguments.text else "the dataset of config.yaml",
     }
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="bench-"))
     for folder in (arguments.results, logs):

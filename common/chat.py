@@ -1,7 +1,7 @@
 """Conversations: rendered by the model's chat template, and which characters of the text the assistant writes.
 
 A template that marks the assistant's words itself ({% generation %}) is taken at its word. Of any other one, its own
-renderings tell: the assistant writes what follows the generation prompt, up to where its turn ends.
+renderings show: the assistant writes what follows the generation prompt, up to the end of its turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _span(tokenizer, messages: list[dict], turn: int, text: str, template: str) 
         start = len(header)
         if not so_far.startswith(header):
             raise _changes_turns()
-    if not text.startswith(so_far):  # as where EOS stands behind the last turn only
+    if not text.startswith(so_far):  # such as a template with EOS after the last turn only
         end = _end_of_word(tokenizer, text, _equal_until(so_far, text))
         if end < len(so_far) - len(tail):
             raise _changes_turns()
@@ -65,7 +65,7 @@ def _generation_prompt(tokenizer, earlier: list[dict], so_far: str, template: st
 
 
 def _frame(tokenizer, messages: list[dict], template: str) -> tuple[str, str]:
-    """What the template puts before and behind the content of the last message: what does not change with it."""
+    """What the template puts before and after the content of the last message: what does not change with it."""
     one, other = (_render(tokenizer, [*messages[:-1], {**messages[-1], "content": x}], template) for x in "AB")
     return one[: _equal_until(one, other)], one[len(one) - _equal_until(one[::-1], other[::-1]) :]
 
@@ -85,12 +85,12 @@ def _end_of_word(tokenizer, text: str, end: int) -> int:
 def _changes_turns() -> UserError:
     return UserError(
         "the chat template of model.name changes earlier turns when a new one comes, so that the assistant's tokens "
-        "cannot be told apart; use single-turn rows, or data.format=prompt-response"
+        "cannot be separated; use single-turn rows, or data.format=prompt-response"
     )
 
 
 def _template(tokenizer, today: str) -> str:
-    """The chat template, with `today` in place of the clock."""
+    """The chat template, with `today` instead of the clock."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # it has several, and none is the default

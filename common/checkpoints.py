@@ -1,4 +1,4 @@
-"""Checkpoint folders: written beside their place, renamed into it, checked before they are read.
+"""Checkpoint folders: written next to their place, renamed into it, checked before they are read.
 
 What is inside belongs to the project; here is what makes a folder that exists a whole one.
 """
@@ -58,8 +58,8 @@ class Checkpoints:
     def commit(self, step: int) -> Path:
         """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
 
-        Those of steps that this run did not come by are dropped as well: it went on from an earlier one, or was started
-        anew, and they belong to another course.
+        Those of steps that this run did not pass are dropped as well: it resumed from an earlier one, or started
+        from scratch, and they belong to another course.
         """
         folder, final = self.writing(step), self.root / f"step-{step:08d}"
         files = _fingerprints(folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
@@ -80,7 +80,7 @@ class Checkpoints:
         return final
 
     def find(self, resume: str) -> tuple[int, Path] | None:
-        """The (step, folder) to go on from for `checkpoint.resume`, or None to start anew.
+        """The (step, folder) to resume from for `checkpoint.resume`, or None to start from scratch.
 
         `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` where all are damaged, for
         a path that is no whole checkpoint, and for a checkpoint of another model or other data.
@@ -104,7 +104,7 @@ class Checkpoints:
             return self._checked(folder)
         if self.all():
             raise UserError(
-                f"{self.root}: every checkpoint in it is damaged; set checkpoint.resume=never to start anew, "
+                f"{self.root}: every checkpoint in it is damaged; set checkpoint.resume=never to start from scratch, "
                 f"or another output_dir"
             )
         return None
@@ -122,13 +122,13 @@ class Checkpoints:
                 why = " (data.name, another data key or the file itself has changed)" if key == DATA else ""
                 raise UserError(
                     f"{key} is {ours}, but {folder} was written with {theirs}{why}: set it back, choose another "
-                    f"output_dir, or set checkpoint.resume=never to start anew"
+                    f"output_dir, or set checkpoint.resume=never to start from scratch"
                 )
         return manifest["step"], folder
 
 
 def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint: str) -> dict:
-    """What must be equal for a run to go on from a checkpoint. Each project has files of its own in it."""
+    """What must be equal for a run to resume from a checkpoint. Each project has files of its own in it."""
     return {
         "the project": project,
         **{key: get(cfg, key) for key in IDENTITY},

@@ -73,7 +73,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     limit_gpu_memory(cfg.runtime, accelerator.device)
     dtype, reason = resolve_precision(cfg.train.precision, accelerator.device)
     started = time.perf_counter()
-    with accelerator.local_main_process_first():  # one process of a machine downloads and converts, the others read
+    with accelerator.local_main_process_first():  # one process per machine downloads and converts, the other ones read
         _, held_out = load_rows(cfg.data, cfg.seed)
 
     measured, answers = {}, {}
@@ -174,7 +174,7 @@ def check_training(cfg: BaseConfig, model: Path) -> list[str]:
         raise UserError(f"{settings}: {why}; set it as in the training, or evaluate with its settings: --config {path}")
     summary = report.read_summary(run_dir) if (run_dir / "metrics.jsonl").is_file() else {"status": "completed"}
     if summary["status"] != "completed":
-        notes += [f"{run_dir} goes on from an earlier end, whose model this is; it is at step {summary['steps']} now"]
+        notes += [f"{run_dir} was continued after this model was exported; it is at step {summary['steps']} now"]
     return notes
 
 
@@ -234,7 +234,7 @@ def _answer(
     accelerator: Accelerator,
     dtype: torch.dtype,
 ) -> list[str]:
-    """A generated answer for each prompt, on every process; here, too, whole batches are dealt out to the ranks."""
+    """A generated answer for each prompt, on every process; here, too, whole batches are distributed to the ranks."""
     make_greedy(model, tokenizer)
     size, longest = cfg.eval.batch_size, cfg.data.max_length
     if positions := getattr(model.config, "max_position_embeddings", None):

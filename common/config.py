@@ -46,7 +46,7 @@ class DataConfig:
     """Section `data`: which rows, and how they become sequences of tokens."""
 
     name: str = key("pydoc", "Hub id, folder, file (.jsonl, .csv, .parquet …; see the README), or pydoc (embedded)")
-    subset: str = key("", "configuration of a Hub data set that has several")
+    subset: str = key("", "configuration of a Hub dataset that has several")
     split: str = key("train", "split that training rows come from")
     eval_split: str = key("", "split that held-out rows come from; empty: rows of `split` that never train")
     format: str = key("text", "what a row is", choices=("text", "prompt-response", "messages"))
@@ -87,7 +87,7 @@ class TrainConfig:
 class EvalConfig:
     """Section `eval`: the held-out loss while training, and what `eval.py` compares."""
 
-    every: int = key(0, "evaluate on the held-out rows every so many steps; 0: before and after only", minimum=0)
+    every: int = key(0, "evaluate on the held-out rows every N steps; 0: before and after only", minimum=0)
     batch_size: int = key(8, "sequences a rank evaluates at once", minimum=1)
     model: str = key("", "eval.py: fine-tuned model, a folder or Hub id; empty: output_dir/model")
     samples: int = key(4, "eval.py: samples to print and write to samples.md", minimum=0)
@@ -99,9 +99,9 @@ class EvalConfig:
 class CheckpointConfig:
     """Section `checkpoint`: when to save, how many to keep, where to resume."""
 
-    every: int = key(0, "save every so many steps; 0: at the end and at a clean stop only", minimum=0)
+    every: int = key(0, "save every N steps; 0: at the end and at a clean stop only", minimum=0)
     keep: int = key(1, "checkpoints kept on disk", minimum=1)
-    resume: str = key("auto", "auto: go on from the newest whole checkpoint of output_dir; a checkpoint's path; never")
+    resume: str = key("auto", "auto: from the newest complete checkpoint in output_dir; a checkpoint's path; never")
 
 
 @dataclass
@@ -181,12 +181,12 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
 
     path = next((p for p in (Path(arguments.config), folder / arguments.config) if p.is_file()), None)
     if path is None:
-        beside = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
-        raise UserError(f"--config {arguments.config}: no such file (next to the script there are: {beside})")
+        present = ", ".join(sorted(p.name for p in folder.glob("*.yaml")))
+        raise UserError(f"--config {arguments.config}: no such file (next to the script there are: {present})")
     config = load_config(config_class, path, arguments.overrides)
     paths = ((config, "output_dir"), (config.model, "name"), (config.data, "name"), (config.eval, "model"))
     for section, name in (*paths, (config.checkpoint, "resume")):
-        if getattr(section, name).startswith("~"):  # YAML does not expand it, and a shell not behind every `=`
+        if getattr(section, name).startswith("~"):  # YAML does not expand it, nor does a shell after every `=`
             setattr(section, name, str(Path(getattr(section, name)).expanduser()))
     if not config.output_dir:
         config.output_dir = str(REPOSITORY / "runs" / folder.name / (run_name or path.stem))
@@ -300,9 +300,9 @@ def save_config(config: BaseConfig, path: Path) -> None:
 def accumulation_steps(config: BaseConfig, world_size: int, shares: str = "processes") -> int:
     """Micro-batches a rank runs in one optimizer step: global batch / (micro-batch × ranks).
 
-    `shares` says what the batch is dealt out to, where that is not each process.
+    `shares` names what the batch is split over, if that is not the processes.
 
-    Raises `UserError` where that is not a whole number: the global batch is the user's, and is never rounded.
+    Raises `UserError` if that is not an integer: the global batch is the user's, and is never rounded.
     """
     per_pass = config.train.micro_batch_size * world_size
     steps, rest = divmod(config.train.global_batch_size, per_pass)

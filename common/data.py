@@ -1,7 +1,7 @@
-"""Data: load, tokenize, mask, pack, and deal out to ranks.
+"""Data: load, tokenize, mask, pack, and distribute to ranks.
 
 Which rows an optimizer step sees depends only on the data, the seed and the step, never on the number of ranks or on
-the micro-batch: N ranks see exactly the batches that one would, and a resumed run goes on where it stopped.
+the micro-batch: N ranks see exactly the batches that one would, and a resumed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ ROWS_AT_ONCE = 1000  # rows a call of the tokenizer takes
 
 
 def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training rows and held-out rows, disjoint, both drawn by the seed (many data sets are sorted by label).
+    """Training rows and held-out rows, disjoint, both drawn by the seed (many datasets are sorted by label).
 
-    The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, data set, split or
+    The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, dataset, split or
     column, and where there are too few rows.
     """
     if data.eval_split == data.split:
@@ -133,7 +133,7 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
     except UserError:
         raise
     except Exception as error:
-        raise explain_hub_error(error, "data set", data.name) from error
+        raise explain_hub_error(error, "dataset", data.name) from error
     delimiter = builder.config.delimiter or builder.config.sep if builder.name == "csv" else None
     parts = {part: _read(data, paths[part], delimiter) for part in splits}
     try:
@@ -167,7 +167,7 @@ def _read(data: DataConfig, paths: list[Path], delimiter: str | None = None) -> 
 
 
 def _columns(data: DataConfig) -> tuple[dict[str, str], list[str]]:
-    """The columns that hold texts, by their keys, and the others that rows are made of."""
+    """The columns that hold texts, by their keys, and the other columns that rows are made of."""
     if data.format == "messages":
         return {}, [data.messages_column]
     if data.format == "text":
@@ -196,7 +196,7 @@ def _check_names(names: list[str], data: DataConfig) -> None:
 
 
 def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
-    """Raise `UserError` for a column that is not there, is no text, or has no value in some row."""
+    """Raise `UserError` for a column that is missing, is not text, or has no value in some row."""
     import pyarrow.compute as pc
 
     _check_names(rows.column_names, data)
@@ -242,7 +242,7 @@ class TokenizedRows(Dataset):
         return np.diff(self.offsets)
 
     def fingerprint(self) -> str:
-        """Equal for equal data: a checkpoint remembers it, so that a run cannot go on with other rows."""
+        """Equal for equal data: a checkpoint remembers it, so that a run cannot continue with other rows."""
         digest = hashlib.sha256(self.tokens.tobytes())
         digest.update(self.labels.tobytes())
         digest.update(self.offsets.tobytes())
@@ -269,9 +269,9 @@ def tokenize(
 ) -> TokenizedRows:
     """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) says.
 
-    Prompts are masked by position, so that a prompt's tokens are never targets and the EOS behind a response always is,
+    Prompts are masked by position, so that a prompt's tokens are never targets and the EOS after a response always is,
     also where the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
-    `dropped` and `cut`. Raises `UserError` for a row that is no text and where nothing is left.
+    `dropped` and `cut`. Raises `UserError` for a row that is not text, and if nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
     encoders: dict[str, Callable] = {
@@ -327,7 +327,7 @@ def _has_target(labels: list[int]) -> bool:
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
-    """What became of rows, in words: what was dropped and cut, and why."""
+    """What became of rows, as text: what was dropped and cut, and why."""
     said = f"{counts['kept']:,} of {counts['rows']:,} rows"
     if "blocks" in counts:
         said += f" in {counts['blocks']:,} blocks"
@@ -426,10 +426,10 @@ def _within(encoding: Encoding, length: int, start: int, stop: int | None = None
             first -= 1
     if stop is None:
         return range(first, length)
-    behind = bisect_left(offsets, stop, key=_begin)
-    while _trimmed(offsets, behind) and offsets[behind][0] - _spaces(encoding.tokens[behind]) < stop:
-        behind += 1
-    return range(first, behind)
+    after = bisect_left(offsets, stop, key=_begin)
+    while _trimmed(offsets, after) and offsets[after][0] - _spaces(encoding.tokens[after]) < stop:
+        after += 1
+    return range(first, after)
 
 
 _begin, _end = itemgetter(0), itemgetter(1)
@@ -449,13 +449,13 @@ def _check_offsets(tokenizer) -> None:
     if not tokenizer.is_fast:
         raise UserError(
             f"model.name: its tokenizer, {type(tokenizer).__name__}, does not say which characters a token stands for, "
-            f"so that prompt and response cannot be told apart: save it as a fast one (tokenizer.json), or set "
+            f"so prompt and response cannot be separated: save it as a fast one (tokenizer.json), or set "
             f"data.format=text"
         )
 
 
 def _added_tokens(tokenizer) -> tuple[int, int]:
-    """How many tokens the tokenizer puts before and behind any text, BOS and EOS for instance."""
+    """How many tokens the tokenizer puts before and after any text, such as BOS and EOS."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
@@ -541,7 +541,7 @@ def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int
     first = _within(encoding, len(offsets), len(prompt.text)).start
     spelled = offsets[first - 1][1] if first else 0
     if first < len(offsets):
-        spelled = min(spelled, offsets[first][0])  # a tokenizer's own space has the characters of the token behind it
+        spelled = min(spelled, offsets[first][0])  # a tokenizer's own space has the characters of the token after it
     return encoding.ids[:first], prompt.text[spelled:]
 
 

@@ -115,7 +115,7 @@ def _check(settings: dict[str, Any], known: dict[str, Any], owned: dict[str, str
             here = [k.removeprefix(section) for k in owned if k.startswith(section)]
             near = difflib.get_close_matches(name, [*known, *here], n=1)
             hint = f"did you mean {section}{near[0]}?" if near else f"there are: {', '.join(known)}"
-            raise UserError(f"{path}: {key} is no key of DeepSpeed's that this project uses; {hint}")
+            raise UserError(f"{path}: {key} is not a DeepSpeed key that this project uses; {hint}")
         wanted = known[name]
         if isinstance(wanted, dict):
             if not isinstance(value, dict):

@@ -27,9 +27,9 @@ def held_out_batches(
 ) -> list[dict[str, Tensor]]:
     """One rank's batches {"input_ids", "labels"}, int64 [batch, longest]; over all ranks every row is in one of them.
 
-    Rows are sorted by length, so that little is padded, and cut into batches that are dealt out whole, longest first.
+    Rows are sorted by length, so that little is padded, and cut into batches that are distributed whole, longest first.
     A batch is thus the same tensor, with the same loss to the last bit, whichever rank gets it. Every other round is
-    dealt in reverse, so that no rank always gets the longest. Every rank gets the same number of batches, since a
+    reversed, so that no rank always gets the longest. Every rank gets the same number of batches, since a
     sharded model's forward pass is a collective: where the last round is short, the rest get one row without targets.
     """
     order = np.argsort(-rows.lengths, kind="stable")

@@ -41,7 +41,7 @@ MIB = 2**20
 class Export:
     """Writes `folder` for a model trained from `base`: made before the training, used by the main process after it.
 
-    Raises `UserError` if the base's files cannot be had, and if a model of its kind could not be read back.
+    Raises `UserError` if the base's files are unavailable, and if a model of its kind could not be read back.
     """
 
     def __init__(self, base: ModelConfig, folder: Path):

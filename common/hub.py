@@ -68,7 +68,7 @@ def check_can_push(cfg: BaseConfig) -> None:
     except Exception as error:
         if _status(error) in (401, 403):
             raise UserError(f"{where}, but the Hub does not accept the token: {SET_TOKEN}") from None
-        print(f"warning: {where} could not be checked, the training goes on: {_first_line(error)}", file=sys.stderr)
+        print(f"warning: {where} could not be checked, training continues: {_first_line(error)}", file=sys.stderr)
         return
     if not _may_write(account, repo_id):
         raise UserError(f"{where}, but the token of {account['name']} may not write there: {SET_TOKEN}")
@@ -106,7 +106,7 @@ def push_to_hub(cfg: BaseConfig, run_dir: Path, folder: Path, *, path_in_repo: s
 
 
 def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
-    """What a failed download of `name` means to the user, in one line; `kind` is `model` or `data set`.
+    """What a failed download of `name` means to the user, in one line; `kind` is `model` or `dataset`.
 
     `error` may come from huggingface_hub, transformers or datasets: they wrap each other's errors, so the causes count.
     """
@@ -190,7 +190,7 @@ def model_card(cfg: BaseConfig, summary: dict) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set name is an id on the Hub, not embedded (tiny:…, smollm2, pydoc) or a local path."""
+    """Whether a model or dataset name is an id on the Hub, not embedded (tiny:…, smollm2, pydoc) or a local path."""
     if name in ("pydoc", smollm2.NAME) or name.startswith("tiny:") or Path(name).exists():
         return False
     try:

@@ -42,7 +42,7 @@ class JsonLines:
         return records
 
     def keep_up_to(self, step: int) -> None:
-        """Drop the records behind `step`: a resumed run makes those steps again."""
+        """Drop the records after `step`: a resumed run makes those steps again."""
         kept = [json.dumps(r) + "\n" for r in self.read() if r["step"] <= step]
         write_whole(self.path, "".join(kept))
 

@@ -1,4 +1,4 @@
-"""What a launcher tells a process in its environment: all of it, or nothing.
+"""What a launcher sets in the environment of a process: all of it, or nothing.
 
 A launcher (torchrun, deepspeed, composer) sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every process that it
 starts. Shells, schedulers and other programs leave some of these behind, or empty, and libraries read them as well.
@@ -32,7 +32,7 @@ def settle() -> None:
     """Make the environment agree with how this process was started.
 
     Without a launcher none of its variables stay: the process is a group of one. Raises `UserError` for a process that
-    is one of several, but cannot find the others.
+    is one of several, but cannot find the other ones.
     """
     for name in (*ALL, *OTHERS):
         if not os.environ.get(name, "x"):
@@ -51,7 +51,7 @@ def settle() -> None:
 def forget() -> None:
     """For a launcher: drop what others left of their launches. With NNODES, the user's MASTER_ADDR and NODE_RANK stay.
 
-    Raises `UserError` if this is one of several launchers, none of which has been told of the others.
+    Raises `UserError` if this is one of several launchers, none of which knows the other ones.
     """
     ours: tuple[str, ...] = ()
     if os.environ.get("NNODES"):

@@ -14,7 +14,7 @@ SINGLE = ("model.safetensors", "pytorch_model.bin")
 def check_model_folder(name: str, with_weights: bool = True) -> None:
     """Raise `UserError` if `name` is a folder without a model, or with some of its weights missing or cut off.
 
-    A name that is no folder is left to the Hub. `with_weights=False`: only the configuration is needed.
+    A name that is not a folder is left to the Hub. `with_weights=False`: only the configuration is needed.
     """
     folder = Path(name)
     if not folder.is_dir():

@@ -51,7 +51,7 @@ class HostMemory:
     """Peak memory in GiB of a process and all below it, sampled every second by a thread.
 
     Sums the proportional set sizes: a page that several processes share (libraries, forked workers) counts once. Where
-    the system does not tell (macOS), resident set sizes, which count it once a process.
+    the system does not report it (macOS), resident set sizes, which count it once per process.
     """
 
     def __init__(self, root_pid: int | None = None, every_seconds: float = 1.0):

@@ -60,7 +60,7 @@ def located(model: ModelConfig) -> ModelConfig:
 
 
 def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, with a pad token (EOS where it has none). Raises `UserError` if it cannot be had."""
+    """The model's tokenizer, with a pad token (EOS if it has none). Raises `UserError` if it is unavailable."""
     model = located(model)
     if family := _tiny_family(model.name):
         return _tiny_tokenizer(family)
@@ -121,7 +121,7 @@ def _check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) ->
 def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> PretrainedConfig:
     """The architecture's configuration, dropout off: with dropout, two ranks could not give the loss of one.
 
-    Raises `UserError` if it cannot be had, is no causal language model, or takes fewer than `data.max_length` tokens.
+    Raises `UserError` if it is unavailable, not a causal language model, or takes fewer than `data.max_length` tokens.
     """
     model = located(model)
     if family := _tiny_family(model.name):
@@ -169,7 +169,7 @@ def random_settings(config: PretrainedConfig) -> list[tuple[PretrainedConfig, st
 
 
 def architecture(config: PretrainedConfig) -> str:
-    """What decides the shapes of the weights, in words."""
+    """What decides the shapes of the weights, as text."""
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
     return (
         f"{config.model_type}: {config.num_hidden_layers} layers of width {config.hidden_size}/{inner}, "
@@ -185,7 +185,7 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
 
 
 def load_model(model: ModelConfig, seed: int = 0, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """The model on the CPU (or on the default device), weights in `dtype`. Raises `UserError` if it cannot be had.
+    """The model on the CPU (or on the default device), weights in `dtype`. Raises `UserError` if it is unavailable.
 
     With `dtype="auto"` published weights stay in their file's type and are mapped, not copied, into memory.
     """
@@ -250,7 +250,7 @@ def load_problem(report: dict[str, Any]) -> str | None:
 def base_folder(model: ModelConfig) -> Path | None:
     """A folder with all that the base's repository holds but its weights; None for a model that has no repository.
 
-    Raises `UserError` if it cannot be had.
+    Raises `UserError` if it is unavailable.
     """
     model = located(model)
     if model.name.startswith("tiny:"):

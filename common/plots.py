@@ -20,7 +20,7 @@ from common.report import (
     series,
 )
 
-# Okabe and Ito's palette, told apart with every kind of colour blindness: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's palette, distinct with every kind of colour blindness: https://jfly.uni-koeln.de/color/
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
@@ -104,7 +104,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def plot_evaluation(run_dir: str | Path) -> Path:
-    """Draw `plots/eval.png` from `eval.json`: a panel a figure, the base model beside the fine-tuned one."""
+    """Draw `plots/eval.png` from `eval.json`: a panel per figure, the base model next to the fine-tuned one."""
     results = read_json(Path(run_dir) / "eval.json")
     base, tuned = results["base"], results["fine_tuned"]
     panels = [(label, key, form) for label, key, form in FIGURES if base.get(key) is not None]

@@ -40,7 +40,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, leave=keep, file=sys.stdout, **size)
 
     def update(self, figures: str = "") -> None:
-        """One step more; `figures` is what there is to tell of it."""
+        """One more step; `figures` is what to show of it."""
         self._done += 1
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)

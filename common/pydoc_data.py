@@ -1,4 +1,4 @@
-"""The embedded data set: the standard library's own docstrings as questions and answers.
+"""The embedded dataset: the standard library's own docstrings as questions and answers.
 
 Every Python carries it, so it needs no network and no licence beyond Python's own. The modules are read, never imported
 (some do things when imported), in a fixed order, so one Python version always gives the same rows.

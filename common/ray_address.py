@@ -31,7 +31,7 @@ def check_address(address: str) -> None:
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-            # Ray's own client would try for 10 minutes where something else listens. Other troubles it tells by itself.
+            # Ray's own client would try for 10 minutes if something else listens. It reports other troubles.
             ask = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
             subprocess.run(ask, capture_output=True, timeout=ANSWER_SECONDS)
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:

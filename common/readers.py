@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-READABLE = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} behind it"
+READABLE = f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSIONS)} added"
 ROWS_AT_ONCE = 10_000  # as Python objects; then they are Arrow's, a tenth of the size
 Row = tuple[int, dict[str, Any]]  # its number, from 1 on, and its values by column
 

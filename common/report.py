@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_summary(run_dir: str | Path) -> dict:
-    """`summary.json`; of a run that is going on, was killed or failed, also what `metrics.jsonl` tells.
+    """`summary.json`; for a run that is still running, was killed or failed, also what `metrics.jsonl` says.
 
     Raises `UserError` where the folder has neither.
     """
@@ -91,7 +91,7 @@ def devices(environment: dict, kind: str = "") -> str:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """Aligned columns: the first to the left, the others to the right; the first row is the heading."""
+    """Aligned columns: the first left, the other ones right; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]

@@ -79,7 +79,7 @@ class RunFolder:
         total_steps: int,
         checkpoint: Path | None,
     ) -> None:
-        """The training begins (`first_step` is 0) or goes on from `checkpoint`; every rank calls this.
+        """The training begins (`first_step` is 0) or resumes from `checkpoint`; every rank calls this.
 
         Raises `UserError` on a machine that does not see the run folder of the main process.
         """
@@ -100,7 +100,7 @@ class RunFolder:
         self._device = device
         self._flops_per_token = flops_per_token(model, self.cfg.data.max_length)
         peak = peak_flops(device, dtype)
-        share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # «1/8 of GPU 0»: of its peak
+        share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # "1/8 of GPU 0": of its peak
         self._peak = peak * self._environment["world_size"] * share if peak else None
         self._tracker = start_tracker(self.cfg, self.path, enabled=True, project=self.project)
         if first_step < total_steps:
@@ -108,7 +108,7 @@ class RunFolder:
         if first_step >= total_steps and self._advice:
             print(f"This run is complete: step {first_step} of {total_steps}. {self._advice}", flush=True)
         elif 0 < first_step < total_steps:
-            print(f"Going on from the checkpoint of step {first_step}", flush=True)
+            print(f"Resuming from the checkpoint of step {first_step}", flush=True)
         self._progress = Progress("Training", "step", total_steps, first_step)
         self._begun = True
 
@@ -209,7 +209,7 @@ class RunFolder:
         self._progress.close()
         if status == "interrupted":
             how = "the same command" if self.cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
-            print(f"Stopped ({reason or 'asked to on another rank'}); {how} goes on from here")
+            print(f"Stopped ({reason or 'asked to on another rank'}); {how} resumes from here")
         write_json(self.path / "summary.json", self.summarize(status) | figures)
         self._tracker.log_artifacts(*self._plots(), self.path / "summary.json")
         self._tracker.finish(status)

@@ -90,12 +90,12 @@ def check_gpu(device: torch.device) -> None:
             return
     raise UserError(
         f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]}) is not supported "
-        f"by torch {torch.__version__}, which is built for {', '.join(built_for)}: on Kaggle choose «GPU T4 x2»"
+        f"by torch {torch.__version__}, which is built for {', '.join(built_for)}: on Kaggle choose GPU T4 x2"
     )
 
 
 def limit_gpu_memory(runtime: RuntimeConfig, device: torch.device) -> None:
-    """Let this process allocate at most `runtime.gpu_memory_limit_gib`: a large GPU then tells if a small would do."""
+    """Let this process allocate at most `runtime.gpu_memory_limit_gib`: to try what fits a small GPU."""
     if runtime.gpu_memory_limit_gib and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         if runtime.gpu_memory_limit_gib > total:
@@ -221,7 +221,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "versions": versions,
         "cuda": torch.version.cuda,
         "gpus": described,
-        "gpu_share": os.environ.get("GPU_SHARE", ""),  # of rank 0, such as «1/2 of GPU 0»; empty: all of a GPU
+        "gpu_share": os.environ.get("GPU_SHARE", ""),  # of rank 0, such as "1/2 of GPU 0"; empty: all of a GPU
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",

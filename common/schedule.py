@@ -13,7 +13,7 @@ def lr_schedule(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over `train.warmup_steps`, then `train.lr_schedule` (to 0 at `total_steps`, unless constant).
 
-    A function of the step alone: it is built anew at `first_step`, never saved, so that a run that goes on with more
+    A function of the step alone: it is rebuilt at `first_step`, never saved, so that a run that continues with more
     steps is on their schedule at once. Build it after the optimizer's state is loaded.
     """
     for group in optimizer.param_groups:

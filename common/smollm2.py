@@ -36,7 +36,7 @@ VARIABLE = "SMOLLM2_GGUF"  # names the file where the package is not installed
 
 
 def folder() -> Path:
-    """The model's folder in the cache, which the first caller writes while the others wait.
+    """The model's folder in the cache, which the first caller writes while the other ones wait.
 
     Raises `UserError` if neither the folder nor the file is there, and if the file is damaged.
     """

@@ -33,7 +33,7 @@ from common.files import write_whole
 from common.redaction import encoded, without_secrets
 
 PATIENCE = 20.0  # seconds that the training waits for its tracker, over the whole run
-START_PATIENCE = 10.0  # of these, at most so many for the start
+START_PATIENCE = 10.0  # of these, at most this many for the start
 FLUSH_SECONDS = 2.0  # metrics go out in batches: MLflow needs 4 ms for one value, 0.1 ms for one of a thousand
 
 
@@ -148,7 +148,7 @@ class Tracker:
         # A daemon: a thread that is stuck in a dead connection does not keep the process alive.
         self._thread = threading.Thread(target=self._work, args=(self._backend,), name="tracker", daemon=True)
         self._thread.start()
-        self._wait(self._started.wait, START_PATIENCE)  # a slower start goes on beside the training
+        self._wait(self._started.wait, START_PATIENCE)  # a slower start continues during the training
 
     @property
     def url(self) -> str:
@@ -218,7 +218,7 @@ class Tracker:
 
 
 class MlflowBackend:
-    """MLflow through its client, without global state; a SQLite file beside the run where no server is named."""
+    """MLflow through its client, without global state; a SQLite file next to the run if no server is named."""
 
     # What MLflow 3 asks of every experiment: "Model training", not "GenAI". It decides which charts and tabs there are.
     MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # noqa: RUF012

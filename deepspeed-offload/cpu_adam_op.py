@@ -23,7 +23,7 @@ INSTEAD = "or set offload.optimizer=torch, PyTorch's own AdamW on the CPU, which
 def build_cpu_adam() -> None:
     """Compile DeepSpeed's AdamW for this machine's CPU, or load what was compiled before.
 
-    On each machine the first rank compiles and the others wait: two compilers at work on one folder break it.
+    On each machine the first rank compiles while the other ranks wait: two compilers in one folder break it.
     Raises `UserError` where the compiler or ninja is missing or fails.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -97,13 +97,13 @@ def _load(quiet: bool) -> None:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # of torch's builder, the compiler, the linker or the loader
         reason = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
-        raise UserError(f"DeepSpeed's cpu_adam does not compile: {reason.strip()}; mend that, {INSTEAD}") from error
+        raise UserError(f"DeepSpeed's cpu_adam does not compile: {reason.strip()}; fix that, {INSTEAD}") from error
 
 
 def replay_steps(optimizer, steps: int) -> None:
     """Bring the op to where it was after `steps` steps.
 
-    It keeps the powers of Adam's betas as running products, in no state that could be saved. Computed anew they differ
+    It keeps the powers of Adam's betas as running products, in no state that could be saved. Recomputed they differ
     in the last bit, and so would every later step.
     """
     tensors = [torch.zeros(1) for _ in range(4)]

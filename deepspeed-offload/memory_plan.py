@@ -21,7 +21,10 @@ from common.errors import UserError
 from common.loss import chunk_size
 
 GIB = 2**30
-PROCESS = {"cuda": 4.2 * GIB, "cpu": 0.55 * GIB}  # what a rank takes beside the model: Python, libraries, CUDA, data
+PROCESS = {
+    "cuda": 4.2 * GIB,
+    "cpu": 0.55 * GIB,
+}  # of a rank without the model: Python, libraries, CUDA, data
 LAUNCHER = 0.33 * GIB  # once a machine
 # What one decoder layer keeps for its backward, and what that backward takes on top: values a token, as multiples of
 # the model's width and of the width inside the MLP. Counted in transformers' Llama: two norms that compute in fp32, the
@@ -195,7 +198,7 @@ def host_memory(root: Path = Path("/")) -> float:
     """Bytes of host memory that are free for this run: of the machine, and of the cgroup (container) it is in."""
     free = [psutil.virtual_memory().available]
     cgroups = root / "sys/fs/cgroup"
-    # Version 2 and version 1: the limit, what is in use, and how its part that the system would give back is called.
+    # Version 2 and version 1: the limit, what is in use, and the name of the part that the system would release.
     # A container sees its own cgroup at the root; a service finds its own below it.
     own = _own_cgroups(root)
     for folder in {cgroups / own.get("", "."), cgroups}:

@@ -1,7 +1,5 @@
 """The settings of this project: the keys of all projects, and a section of its own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from common.config import BaseConfig, key
@@ -11,7 +9,7 @@ PROJECT = "deepspeed-offload"
 
 @dataclass
 class OffloadConfig:
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
+    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name next to train.py")
     optimizer: str = key(
         "cpu_adam", "AdamW on the CPU: DeepSpeed's, compiled on first use, or torch's", choices=("cpu_adam", "torch")
     )

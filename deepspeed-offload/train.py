@@ -8,7 +8,7 @@ The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters,
     deepspeed --num_accelerators 1 deepspeed-offload/train.py          # the same as launch.sh on one GPU, or torchrun
     python deepspeed-offload/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes in the environment; return rank, world size and device."""
     gpus = torch.cuda.device_count()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiling processes: host memory is scarce
-    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher has a name of its own for it
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     runtime.check_process_count()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
     runtime.check_device(cfg, device)
@@ -62,7 +60,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         runtime.limit_gpu_memory(cfg.runtime, device)
     else:  # gloo does what DeepSpeed would first compile a shared-memory operator for
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
     options = {"backend": "nccl" if gpus else "gloo", "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
         dist.init_process_group(**options)

@@ -30,5 +30,5 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
     Raises `UserError` for a missing or broken file, a key that the YAML owns or that is not known, a wrong type, and a
     stage of ZeRO other than 1.
     """
-    why = "; a pipeline adds up a step's gradients whole, so that ZeRO may only deal out the optimizer's state"
+    why = "; a pipeline adds up a step's gradients whole, so ZeRO may only shard the optimizer's state"
     return ds_settings.read_ds_config("pipeline.ds_config", name, folder, KNOWN, OWNED_BY_YAML, 1, why)[1]

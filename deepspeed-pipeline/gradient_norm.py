@@ -1,7 +1,7 @@
 """The global gradient norm of all stages, summed at once.
 
 DeepSpeed 0.19.8 (`deepspeed/runtime/zero/stage_1_and_2.py`, `get_grad_norm_direct`) reduces the norm of every parameter
-group over the stages by itself. Stages that have different numbers of groups then wait for each other for ever, or sum
+group over the stages by itself. Stages that have different numbers of groups then wait for each other forever, or sum
 the norms of groups that do not belong together. Here each rank adds up what it has, and one reduction does the rest.
 """
 
@@ -27,7 +27,7 @@ def global_norm(zero) -> Tensor:
     """
     squares = torch.zeros((), dtype=torch.float64, device=zero.device)
     for group, parameters in enumerate(zero.params_in_partition):
-        # Behind the gradients of this rank's parameters there may be padding.
+        # After the gradients of this rank's parameters there may be padding.
         for gradient, parameter in zip(zero.averaged_gradients[group], parameters, strict=False):
             if not parameter.ds_pipe_replicated:
                 for part in gradient.flatten().split(SLICE):

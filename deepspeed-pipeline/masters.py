@@ -3,7 +3,7 @@
 ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a
 rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has a folder for
 each parameter, `state/NAME/`, and in it a file for each piece, `masters-0.pt`, named by the element that it begins
-with. So any other grid of stages and ranks can go on from it, and a process without DeepSpeed can put the whole model
+with. So any other grid of stages and ranks can resume from it, and a process without DeepSpeed can put the whole model
 together. A tied parameter is written once.
 """
 

@@ -1,7 +1,5 @@
 """The settings of this project: the keys of all projects, and a section of its own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from common.config import BaseConfig, key
@@ -11,7 +9,7 @@ PROJECT = "deepspeed-pipeline"
 
 @dataclass
 class PipelineConfig:
-    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name beside train.py")
+    ds_config: str = key("ds_config.json", "DeepSpeed's own settings: a path, or a name next to train.py")
     stages: int = key(0, "stages that the layers are cut into, each on a process of its own; 0: one on each", minimum=0)
     partition: str = key("measured", "decoder layers of each stage, such as 10,6; measured: by the times of layer and "
                          "head on this device; computed: by their operations")  # fmt: skip

@@ -5,7 +5,7 @@
 
 All modules are the library's own, taken from a model without weights. A process gives memory to those of its stage;
 the rest stay on the `meta` device, so that names and shapes of the whole model are known everywhere. One tensor travels
-from stage to stage, the hidden states [batch, length, width]: positions are counted anew in each stage, and no mask is
+from stage to stage, the hidden states [batch, length, width]: positions are counted again in each stage, and no mask is
 needed, since padding is on the right, where causal attention never looks.
 """
 
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
 
 
 class Norm(nn.Module):
-    """The norm behind the last decoder layer."""
+    """The norm after the last decoder layer."""
 
     def __init__(self, norm: nn.Module, device: torch.device):
         super().__init__()
@@ -86,7 +86,7 @@ class Positions:
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
-        # Built anew: its frequencies are computed, not loaded, and those of a model on `meta` have no values.
+        # Built again: its frequencies are computed, not loaded, and those of a model on `meta` have no values.
         self._rotary = type(model.base_model.rotary_emb)(config=model.config).to(device)
         self._computed_for: tuple | None = None
 
@@ -142,7 +142,7 @@ def decoder_specs(model: PreTrainedModel, device: torch.device) -> list[LayerSpe
     if not model.config.tie_word_embeddings:
         first = LayerSpec(Embedding, decoder.embed_tokens, device)
         return [first, *layers, norm, LayerSpec(Head, model.get_output_embeddings(), device)]
-    # NOTE: one key, so that DeepSpeed starts both copies alike and adds their gradients up: they stay equal for ever.
+    # NOTE: one key, so that DeepSpeed starts both copies alike and adds their gradients up: they stay equal forever.
     tied = functools.partial(
         TiedLayerSpec, "embedding", Embedding, decoder.embed_tokens, device, tied_weight_attr="embedding.weight"
     )
@@ -177,7 +177,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def stage_count(stages: int, world_size: int) -> int:
-    """How many stages a pipeline has, for `pipeline.stages` and so many processes. Raises `UserError`."""
+    """How many stages a pipeline has, for `pipeline.stages` and the number of processes. Raises `UserError`."""
     stages = stages or world_size
     if world_size % stages:
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -189,7 +189,7 @@ def stage_count(stages: int, world_size: int) -> int:
 
 
 def warn_of_waiting(cfg: BaseConfig, stages: int, pipelines: int, micro_batches: int) -> None:
-    """Tell of a batch that is too small for the stages: with fewer micro-batches, they never compute all at once."""
+    """Warn about a batch that is too small for the stages: with fewer micro-batches, they never compute all at once."""
     if micro_batches >= stages:
         return
     rows = cfg.train.global_batch_size // pipelines

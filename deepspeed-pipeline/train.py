@@ -9,7 +9,7 @@ states a micro-batch and its gradient on the way back: little, where the links b
     torchrun --nproc_per_node 4 deepspeed-pipeline/train.py pipeline.stages=2      # two pipelines of two stages
     python deepspeed-pipeline/train.py --config smoke.yaml train.max_steps=20      # one stage; any key can be set
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -59,8 +59,6 @@ GROUP_PARAMETERS = 64e6  # that AdamW updates at a time; an embedding may be lar
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     """Join the process group that the launcher describes in the environment; return rank, world size and device."""
     gpus = torch.cuda.device_count()
-    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's launcher has a name of its own for it
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     runtime.check_process_count()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
     runtime.check_device(cfg, device)
@@ -69,7 +67,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         runtime.limit_gpu_memory(cfg.runtime, device)
     else:  # gloo does what DeepSpeed would first compile a shared-memory operator for
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
     options = {"backend": "nccl" if gpus else "gloo", "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
         dist.init_process_group(**options)
@@ -100,7 +98,7 @@ def build_model(
         activation_checkpoint_interval=int(cfg.train.activation_checkpointing),
         activation_checkpoint_func=checkpoint_activations,
         checkpointable_layers=["DecoderLayer"],
-        # Blocks have one length; padded micro-batches do not, and a stage must then be told what will arrive.
+        # Blocks have one length; padded micro-batches do not, and a stage must then know what will arrive.
         dynamic_shape=cfg.data.packing == "none",
     )
     # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.

@@ -1,4 +1,4 @@
-"""The `deepspeed` launcher, with patience when it is told to stop and a shell's exit codes.
+"""The `deepspeed` launcher, which waits for a checkpoint when it is stopped, and ends with a shell's exit codes.
 
 `python -m launchers.deepspeed_launcher PROCESSES SCRIPT [arguments]` starts what the `deepspeed` command starts on each
 machine, `deepspeed.launcher.launch`, and spares the memory of the command itself. By themselves they leave the training
@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 300
 
 
 def launcher_options(processes: int) -> list[str]:
-    """So many processes here, or on each of NNODES machines, each of which starts its own: no ssh is needed."""
+    """Arguments for N processes here, or on each of NNODES machines, which start their own: no ssh is needed."""
     nodes = os.environ.get("NNODES")
     nodes = None if nodes == "1" else nodes  # one machine needs no address
     if nodes and not (nodes.isdecimal() and int(nodes)):
@@ -53,7 +53,7 @@ def devices(processes: int) -> list[str]:
     visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if not visible:
         return [str(gpu) for gpu in range(processes)]
-    places = [gpu for gpu in visible for _ in range(int(os.environ.get("GPU_SHARES") or 1))]  # so many on each
+    places = [gpu for gpu in visible for _ in range(int(os.environ.get("GPU_SHARES") or 1))]  # GPU_SHARES on each
     if len(places) < processes:
         raise UserError(
             f"{processes} processes, but CUDA_VISIBLE_DEVICES={','.join(visible)} has room for {len(places)}: "
@@ -75,7 +75,7 @@ def training_processes(launcher: psutil.Process) -> list[psutil.Process]:
 
 
 def run(command: list[str]) -> int:
-    """Run the launcher to its end and return the exit code, as a shell would tell it."""
+    """Run the launcher to its end and return the exit code, as a shell would report it."""
     # A group of its own: Ctrl-C in a terminal would else reach every process at once.
     launcher = psutil.Popen(command, process_group=0)
     stopped_by, deadline = 0, float("inf")
@@ -100,7 +100,7 @@ def run(command: list[str]) -> int:
     code = launcher.returncode
     if stopped_by:
         return 128 + stopped_by
-    if code > 192:  # DeepSpeed's launcher tells a rank's death by signal 9 as -9, that is 247
+    if code > 192:  # DeepSpeed's launcher reports a rank's death by signal 9 as -9, which is 247
         return 128 + 256 - code
     return code if code >= 0 else 128 - code
 
@@ -118,7 +118,7 @@ def main() -> int:
     # AdamW runs on the CPU: every process gets its share of the cores, or each would take all of them.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(processes))))
-    # Ranks tell by themselves why they fail, in one line. --no_local_rank: it stands in the environment.
+    # Ranks report why they fail, in one line. --no_local_rank: it is in the environment.
     options = [*launcher_options(int(processes)), "--no_local_rank", "--log_level=critical"]
     launched.forget()
     # -P: the current folder may have one called deepspeed.

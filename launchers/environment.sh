@@ -37,5 +37,5 @@ elif [[ -n $missing ]]; then
 fi
 # The project's own modules, and `common`, also where the package is not installed.
 export PYTHONPATH=$folder:$repository${PYTHONPATH:+:$PYTHONPATH}
-# When one process ends with an error, the C++ parts of the others print stack traces over its error line.
+# When one process ends with an error, the C++ parts of the other ones print stack traces over its error line.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

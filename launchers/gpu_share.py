@@ -48,6 +48,6 @@ def share_variables(environment: Mapping[str, str]) -> dict[str, str]:
 if __name__ == "__main__":
     os.environ.update(share_variables(os.environ))
     sys.argv = sys.argv[1:]
-    # As Python does it for a script, in place of this one's folder.
+    # As Python does for a script, instead of this one's folder.
     sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(sys.argv[0]).parent)]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -2,10 +2,6 @@
 # `share`, what stands before the script where GPU_SHARES processes share a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# Wrong settings are reported once, before anything is started.
-case " $* " in *" --help "* | *" -h "* | *" --check "*) exec python "$folder/train.py" "$@" ;; esac
-python "$folder/train.py" --check "$@"
-
 whole_number() { # NAME what it is: ends where that variable is set to anything but a number from 1 to 99
     if [[ -n ${!1:-} && ! ${!1} =~ ^[1-9][0-9]?$ ]]; then
         echo "error: $1=${!1}: set it to $2, such as 2" >&2
@@ -14,6 +10,10 @@ whole_number() { # NAME what it is: ends where that variable is set to anything 
 }
 whole_number GPU_SHARES "how many processes share a GPU"
 whole_number NPROC_PER_NODE "how many processes to start on this machine"
+
+# Wrong settings are reported once, before anything is started.
+case " $* " in *" --help "* | *" -h "* | *" --check "*) exec python "$folder/train.py" "$@" ;; esac
+python "$folder/train.py" --check "$@"
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi

@@ -11,7 +11,7 @@ SHELL = 'set -euo pipefail; source "$0"; exec python "$@"'
 
 
 def start_again(error: ModuleNotFoundError, **variables: str) -> NoReturn:
-    """Run the script in place of this process with what `environment.sh` finds or builds; `variables` are for it.
+    """Run the script instead of this process with what `environment.sh` finds or builds; `variables` are for it.
 
     Raises `error` where that has been done already.
     """

@@ -1,6 +1,6 @@
 """torchrun, without its traceback when a worker fails: the worker has said why, in one line, before it ended.
 
-`python -m launchers.torchrun` takes the arguments of `torchrun` and is the same launcher. When it is told to stop, it
+`python -m launchers.torchrun` takes the arguments of `torchrun` and is the same launcher. When it is stopped, it
 gives the workers five minutes to save, where torch has an option for that, and not its usual 30 seconds. Under nohup,
 it and its workers ignore SIGHUP. With --standalone, this machine's name need not resolve.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts build
-# it once: the others wait. The stamp `ready` is written last, so that a build that was broken off is taken up again.
+# it once: the other ones wait. The stamp `ready` is written last, so that an interrupted build is continued.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
@@ -26,7 +26,7 @@ log=$environment/build.log
 echo "Building $environment: LLM Foundry and torch 2.7, 7 GB, a few minutes (log: $log) ..." >&2
 (
     if [[ ! -x $environment/bin/pip ]]; then launchers/new_environment.sh "$python" "$environment"; fi
-    # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the others.
+    # --no-compile: some packages have thousands of modules that are never imported, and Python compiles the rest on first use.
     "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile -r "$requirements"
     without_dependencies=$(sed -n 's/^# --no-deps \([^ ]*\).*/\1/p' "$requirements")
     # shellcheck disable=SC2086 # one argument per package

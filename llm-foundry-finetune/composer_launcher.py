@@ -1,4 +1,4 @@
-"""The `composer` launcher, with patience when it is told to stop, and quiet where a rank has said why it failed.
+"""The `composer` launcher, which waits for a checkpoint when it is stopped, and adds nothing to a rank's error line.
 
 `python composer_launcher.py [options] SCRIPT [arguments]` takes what `composer` takes and is the same launcher. By
 itself it leaves the training running when it is ended by SIGTERM, gives it 30 seconds after Ctrl-C, too few for a
@@ -54,7 +54,7 @@ def main() -> None:
     launcher._print_process_exit_status = print_failure
     launcher.print = lambda *words: None  # "Waiting up to 300 seconds ..."
     launcher.log.disabled = True
-    # A group of their own: Ctrl-C in a terminal would else reach every rank at once, beside our SIGTERM.
+    # A group of their own: Ctrl-C in a terminal would otherwise reach every rank at once, in addition to our SIGTERM.
     popen = subprocess.Popen
     launcher.subprocess.Popen = lambda *arguments, **options: popen(*arguments, process_group=0, **options)
     code = launcher.main()

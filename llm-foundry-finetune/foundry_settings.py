@@ -46,13 +46,13 @@ NEEDED = ("callbacks.gradient_norm", "callbacks.run_folder")
 
 
 def read_settings(cfg: Config) -> DictConfig:
-    """The file of `foundry.file`, a path or a name beside train.py, not yet resolved.
+    """The file of `foundry.file`, a path or a name next to train.py, not yet resolved.
 
     Raises `UserError` for a missing or broken file, a key that LLM Foundry does not know, and a missing callback.
     """
     # Next to train.py first: the default must not be another program's file of that name in the current folder.
-    beside = Path(__file__).resolve().parent / cfg.foundry.file
-    path = next((p for p in (beside, Path(cfg.foundry.file)) if p.is_file()), None)
+    ours = Path(__file__).resolve().parent / cfg.foundry.file
+    path = next((p for p in (ours, Path(cfg.foundry.file)) if p.is_file()), None)
     if path is None:
         raise UserError(f"foundry.file={cfg.foundry.file}: no such file")
     try:

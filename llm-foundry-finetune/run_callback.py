@@ -1,6 +1,6 @@
 """What this project adds to Composer's loop: two callbacks, registered with LLM Foundry by train.py.
 
-`GradientNorm` measures and clips, and mends the sum of gradients on a CPU. `RunFolderCallback` writes the run folder,
+`GradientNorm` measures and clips, and fixes the sum of gradients on a CPU. `RunFolderCallback` writes the run folder,
 checkpoints and stops cleanly, as the loops of the other projects do by themselves.
 """
 
@@ -82,7 +82,7 @@ class RunFolderCallback(Callback):
         """The model is built and a checkpoint, if there is one, is read."""
         self.state = state
         # A completed run's checkpoint stands at the start of another pass over the file, which was all used. A longer
-        # run's file begins with the same rows: it goes on behind those, in the first pass.
+        # run's file begins with the same rows: it continues after those, in the first pass.
         done = state.timestamp
         state.timestamp = done.copy(
             epoch=0, batch_in_epoch=done.batch, sample_in_epoch=done.sample, token_in_epoch=done.token

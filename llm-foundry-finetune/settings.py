@@ -3,8 +3,6 @@
 Apart from `train.py`, so that `eval.py` and `prepare_data.py` need no LLM Foundry.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from common.config import BaseConfig, key
@@ -14,7 +12,7 @@ PROJECT = "llm-foundry-finetune"
 
 @dataclass
 class FoundryConfig:
-    file: str = key("foundry.yaml", "LLM Foundry's own settings: a path, or a name beside train.py")
+    file: str = key("foundry.yaml", "LLM Foundry's own settings: a path, or a name next to train.py")
     packing_ratio: float = key(1.0, "rows of data packed into one sequence, on average; 1: none are packed", minimum=1)
 
 

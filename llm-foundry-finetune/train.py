@@ -1,7 +1,7 @@
 """Fine-tune a language model with MosaicML LLM Foundry, on Composer's trainer and FSDP.
 
 Here a framework owns the loop. What is trained, on what and how stands in foundry.yaml: that is the lesson. This file
-hands it the settings of config.yaml, the data and a checkpoint to go on from, and takes the trained model out again.
+hands it the settings of config.yaml, the data and a checkpoint to resume from, and takes the trained model out again.
 
     llm-foundry-finetune/launch.sh                                  # the real run: one process for each GPU found
     llm-foundry-finetune/launch.sh --config smoke.yaml              # no GPU: two processes on the CPU
@@ -9,7 +9,7 @@ hands it the settings of config.yaml, the data and a checkpoint to go on from, a
     python llm-foundry-finetune/train.py --config smoke.yaml train.max_steps=20      # one process; any key can be set
 
 The last two in LLM Foundry's environment (. .venv-foundry/bin/activate). `--help` lists all keys. A run that was
-stopped or killed goes on when the same command is given again.
+stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         raise UserError("train.compile=true: Composer would compile model and exchanges in one piece: set it to false")
     logging.captureWarnings(True)  # libraries warn of their own insides, and Composer resets Python's filters
     logging.getLogger("py.warnings").propagate = False
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
     composer_dist.initialize_dist(get_device(None), timeout=cfg.runtime.timeout_minutes * 60)
     # Foundry's ranks wait for a file in the working folder, by one name on all machines: those that share the folder
     # would remove each other's.
@@ -102,7 +102,7 @@ def in_place_of(folder: Path) -> Iterator[Path]:
 def build_model(cfg: Config, folder: Path) -> str | None:
     """The folder with the model that Foundry is to build; None for an embedded one, which is written to `folder`.
 
-    Only rank 0 calls this. Raises `UserError` where the model cannot be had: Foundry would meet that on all ranks.
+    Only rank 0 calls this. Raises `UserError` if the model is unavailable: Foundry would meet that on all ranks.
     """
     embedded = cfg.model.name.startswith("tiny:")
     if embedded or not cfg.model.random_weights:  # else Foundry makes them, and there may be none to read
@@ -190,7 +190,7 @@ def train(cfg: Config) -> None:
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
         folder = run.path / "foundry"
         shared = [None]
-        if rank == 0:  # the others wait, and get what it found
+        if rank == 0:  # the other ranks wait, and get what it found
             with in_place_of(folder) as new:
                 prepared = prepare(cfg, tokenizer, new, world_size)
                 tokenizer.save_pretrained(new / "tokenizer")
@@ -209,7 +209,7 @@ def train(cfg: Config) -> None:
         run.log_rows(prepared.counts)
         if prepared.rows < 20_000:
             datasets.disable_progress_bars()
-        if rank:  # rank 0's knows which one the run goes on from
+        if rank:  # rank 0's knows which one the run resumes from
             checkpoints = Checkpoints(run.checkpoints, cfg.checkpoint.keep, same_run)
 
         callback = RunFolderCallback(

@@ -5,7 +5,7 @@ Train first; then, with the same `--config` and settings as the training (or tho
 
     python pytorch-ddp/eval.py --config smoke.yaml                       # one process, CPU or GPU
     torchrun --nproc_per_node 2 pytorch-ddp/eval.py                      # several: the same figures, sooner
-    python pytorch-ddp/eval.py eval.model=Qwen/Qwen2-0.5B-Instruct       # any other model in place of output_dir/model
+    python pytorch-ddp/eval.py eval.model=Qwen/Qwen2-0.5B-Instruct       # any other model instead of output_dir/model
 
 Writes eval.json, samples.md and plots/eval.png into the run folder.
 """
@@ -13,7 +13,7 @@ Writes eval.json, samples.md and plots/eval.png into the run folder.
 import sys
 from pathlib import Path
 
-# The project's modules and `common`: where this package is not installed, or Python is told to leave the folder out.
+# The project's modules and `common`: where this package is not installed, or Python leaves the folder out (-P).
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 try:

@@ -8,7 +8,7 @@ pass, DDP already averages the finished gradients with those of the other GPUs, 
     torchrun --nproc_per_node 2 pytorch-ddp/train.py             # the same as launch.sh on two GPUs
     python pytorch-ddp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
     options = {"backend": "nccl" if gpus else "gloo", "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
         dist.init_process_group(**options)

@@ -1,7 +1,5 @@
 """The settings of this project: the keys of all projects, and a section of its own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from common.config import BaseConfig, key

@@ -8,7 +8,7 @@ before the layer computes and dropped right after; its gradients are summed and 
     torchrun --nproc_per_node 2 pytorch-fsdp/train.py             # the same as launch.sh on two GPUs
     python pytorch-fsdp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,10 +33,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from workarounds import check_gloo_averages, ignore_view_warning, wait_for_gloo
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
-from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
@@ -53,22 +52,16 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
     if gpus:
         torch.cuda.set_device(device)
         runtime.limit_gpu_memory(cfg.runtime, device)
-    # NOTE: the timeout ends all ranks when one has died or hangs; without it the others would wait for ever.
-    # Gloo beside NCCL: with cpu_offload, gradients are in host memory when the scaler looks for infinities in them.
+    # NOTE: the timeout ends all ranks when one has died or hangs; without it the other ranks would wait forever.
+    # Gloo as well: with cpu_offload, gradients are in host memory when the scaler looks for infinities in them.
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     options = {"backend": backend, "timeout": timedelta(minutes=cfg.runtime.timeout_minutes)}
     if "RANK" in os.environ:
         dist.init_process_group(**options)
     else:  # started with plain python: a group of one
         dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
-    if not gpus:  # Gloo of torch 2.7 sums where it is told to average
-        averaged = torch.zeros(1)
-        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
-        reduce_scatter(averaged, torch.ones(dist.get_world_size()), dist.ReduceOp.AVG)
-        if averaged != 1:
-            raise UserError(
-                f"torch {torch.__version__} cannot average gradients over CPU processes: install a later one"
-            )
+    if not gpus:
+        check_gloo_averages()
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -80,8 +73,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> FSDPMo
     if cfg.train.activation_checkpointing:
         models.checkpoint_activations(model)
     layers = models.decoder_layers(model)
-    # OPT's layers return a view. torch warns that changing it in place would break the backward; transformers does not.
-    warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
+    ignore_view_warning()
     if cfg.train.compile:
         # NOTE: the forward only. The hooks that gather and drop a layer's weights stay outside of what is compiled.
         for layer in layers:
@@ -146,7 +138,7 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
         loss = model(**micro_batch)  # in the policy's type: nothing is left for autocast
         scaler.scale(loss * scale).backward()
         loss_sum += loss.detach()
-    scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this tells all ranks of it
+    scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this informs all ranks
     # Every rank has the squares of its shards. In fp64: on a CPU (cpu_offload), PyTorch's fp32 norm of a tensor of this
     # size is off by percents.
     shards = [parameter.grad.to_local() for parameter in model.parameters()]
@@ -267,9 +259,7 @@ def train(cfg: Config) -> None:
 
 def main() -> None:
     train(parse_config(Config, __file__))
-    # Gloo's threads let go of the last gathered tensors some time after the ranks have them. Python before 3.14 aborts
-    # where that happens while it shuts down.
-    time.sleep(1)
+    wait_for_gloo()
     dist.destroy_process_group()
 
 

@@ -50,7 +50,7 @@ def ray_cluster() -> Iterator[dict[str, float]]:
         if address:
             _join(address, options)
         else:
-            # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has
+            # In a folder of its own: Ray's "latest session" may be another run's. Not in $TMPDIR: a socket's path has
             # at most 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -97,9 +97,9 @@ def _join(address: str, options: dict) -> None:
 
 
 def place(workers: int, resources: dict[str, float]) -> tuple[int, bool]:
-    """How many workers to start, and whether each has a GPU: `ray.workers`, or one a GPU, or two without GPUs.
+    """How many workers to start, and whether each has a GPU: `ray.workers`, or one per GPU, or two without GPUs.
 
-    Raises `UserError` if the cluster cannot place so many.
+    Raises `UserError` if the cluster cannot place that many.
     """
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     there, kind = (gpus, "GPU") if gpus else (cpus, "CPU")

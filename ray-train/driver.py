@@ -1,4 +1,4 @@
-"""The driver's side of a run: it waits for the workers, shows what they print, and tells them to stop.
+"""The driver's side of a run: it waits for the workers, shows what they print, and stops them.
 
 Driver and workers are processes on different machines, maybe. What they share is the run folder: rank 0 writes what it
 prints into `console.log`, and its stderr into `console-errors.log`. The driver repeats both on its own streams,
@@ -58,7 +58,7 @@ def output_to(files: Console | None) -> contextlib.AbstractContextManager:
 
 
 class Failures(ray.train.UserCallback):
-    """In Ray's controller: a worker's mistake of the user's ends the run, anything else is told and left to Ray."""
+    """In Ray's controller: a user error in a worker ends the run, anything else is reported and left to Ray."""
 
     def __init__(self, console: Console, max_failures: int):
         self.console, self.max_failures, self.count = console, max_failures, 0
@@ -69,7 +69,7 @@ class Failures(ray.train.UserCallback):
         self.count += 1
         if self.count > self.max_failures:
             return
-        # One that died comes first: the others failed because of it.
+        # One that died comes first: the other ones failed because of it.
         died = [rank for rank, error in worker_exceptions.items() if hasattr(error, "health_check_failure")]
         rank = min(died or worker_exceptions)
         lines = str(worker_exceptions[rank]).strip().splitlines()
@@ -83,7 +83,7 @@ class Failures(ray.train.UserCallback):
 
 
 def find_user_error(*errors: BaseException) -> UserError | None:
-    """The mistake of the user's inside of what Ray wraps around it."""
+    """The user error inside of what Ray wraps around it."""
     for error in errors:
         while error is not None:
             if isinstance(error, UserError):
@@ -161,7 +161,7 @@ def open_run_folder(cfg: BaseConfig) -> tuple[Console, StopFile]:
             file.write_bytes(b"")
         stop.unlink(missing_ok=True)
         # What an earlier start noted of its checkpoints. It may name some that are gone, which Ray takes for a damaged
-        # run; this start's workers tell it what is there.
+        # run; this start's workers report what is there.
         (folder / "checkpoints/checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None

@@ -9,7 +9,7 @@ just before the layer computes.
     RAY_ADDRESS=10.0.0.1:6379 ray-train/launch.sh              # in a cluster of several machines
     torchrun --nproc_per_node 2 ray-train/train.py             # the same loop without a cluster
 
-`--help` lists all keys. A run that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A run that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine) -> None:
 
 
 def report(folder: Path) -> None:
-    """Tell Ray of a checkpoint; every rank calls this. It drops the oldest where there are more than checkpoint.keep.
+    """Report a checkpoint to Ray; every rank calls this. It drops the oldest if there are more than checkpoint.keep.
 
     NOTE: Ray would copy what each rank hands over into its storage. This folder lies there already, under its own name,
     and it came there by a rename: it is whole, also where a worker dies while it writes.
@@ -164,7 +164,7 @@ def report(folder: Path) -> None:
 
 
 def report_earlier(checkpoints: Checkpoints, first_step: int) -> None:
-    """Tell Ray of the checkpoints that an earlier start left, so that it counts them; every rank calls this."""
+    """Report to Ray the checkpoints that an earlier start left, so that it counts them; every rank calls this."""
     there = [[folder for step, folder in reversed(checkpoints.all()) if step <= first_step]]
     dist.broadcast_object_list(there)
     for folder in there[0]:
@@ -260,14 +260,14 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
 
 def main() -> int:
     cfg = parse_config(Config, __file__)
-    if cfg.train.compile:  # measured: right on a CPU; on a GPU, fp16, the gradients' norm was 4.6 in place of 5.8
+    if cfg.train.compile:  # measured: right on a CPU; on a GPU, fp16, the gradients' norm was 4.6 instead of 5.8
         raise UserError(
             "train.compile=true: under ZeRO-3 compiled layers had wrong gradients on a GPU: set it to false"
         )
     ds_config = read_ds_config(cfg.ray.ds_config, Path(__file__).parent)
     config = {"cfg": cfg, "ds_config": ds_config, "console": None}
     if "RANK" in os.environ:  # torchrun or deepspeed has started this process as a worker: Ray's local mode, no cluster
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
         config |= {"stop": runtime.StopRequest(cfg.runtime), "keep": cfg.checkpoint.keep}
         scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
         TorchTrainer(train_loop_per_worker, train_loop_config=config, scaling_config=scaling).fit()

@@ -1,13 +1,13 @@
 """ASHA over optimizer steps: successive halving for trials that run side by side (https://arxiv.org/abs/1810.05934).
 
-At each rung (a number of optimizer steps) a trial goes on only if its held-out loss is among the best 1/reduction of
+At each rung (a number of optimizer steps) a trial continues only if its held-out loss is among the best 1/reduction of
 the losses that earlier trials had at that rung. Ray's `ASHAScheduler` takes for "earlier" what has arrived earlier, so
 that its decisions depend on which of two trials was a second faster, and `Tuner.restore` forgets all its rungs. Here
 "earlier" is the trial's number, and the rungs are read back from the trials' own files. So a seed has one outcome,
-whatever the speed of the trials, and a search that was killed goes on to the same one.
+whatever the speed of the trials, and a search that was killed resumes to the same one.
 
 A trial whose earlier neighbours have not come to its rung does not wait for them, which would leave a GPU idle: it
-trains on, and is stopped later if it has to be. What it did behind the rung does then not count.
+trains on, and is stopped later if it has to be. What it did after the rung does not count then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def stops(curves: Sequence[tuple[dict[int, float], bool]], rungs: list[int], red
     """Number of each trial that is to stop → the step of its last evaluation that counts.
 
     `curves` holds, in the order of the trials' numbers, (step → held-out loss, whether the trial has ended). A trial's
-    loss at a rung is that of its first evaluation there or behind. What cannot be decided yet is left out.
+    loss at a rung is that of its first evaluation there or later. What cannot be decided yet is left out.
     """
     stopped = {}
     losses = {rung: [] for rung in rungs}  # of the earlier trials
@@ -50,7 +50,7 @@ def stops(curves: Sequence[tuple[dict[int, float], bool]], rungs: list[int], red
             earlier = list(losses[rung])
             losses[rung].append(curve[step])
             if rung in pending:
-                pending.update(rungs[i + 1 :])  # whether it goes on from here is open
+                pending.update(rungs[i + 1 :])  # whether it continues from here is open
                 break
             if earlier and curve[step] > np.percentile(earlier, 100 / reduction_factor):
                 stopped[number] = step

@@ -58,7 +58,7 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
             placed = place(cfg, this_machine())
             if note.is_file():  # of a search that was killed; nobody else uses it, since a search locks its folder
                 shutil.rmtree(note.read_text(encoding="utf-8"), ignore_errors=True)
-            # In a folder of its own: Ray's «latest session» may be another run's. Not in $TMPDIR: a socket's path has
+            # In a folder of its own: Ray's "latest session" may be another run's. Not in $TMPDIR: a socket's path has
             # at most 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
             note.write_text(str(folder), encoding="utf-8")
@@ -131,7 +131,7 @@ def place(cfg: BaseConfig, resources: dict[str, float]) -> tuple[int, float]:
 def check(cfg: BaseConfig) -> None:
     """What can be said before anything is loaded; raises `UserError` as `ray_cluster` would.
 
-    Without a GPU, the cores are shared out to PyTorch's threads of each trial, and the final run counts with as many.
+    Without a GPU, the cores are divided among the trials' PyTorch threads, and the final run counts with as many.
     """
     if joined():
         return check_address(joined())

@@ -17,7 +17,7 @@ from common.files import remove
 from common.report import print_table, read_json
 from common.run_folder import write_json
 
-# A search can go on with other settings than these only as another search.
+# With other values of these, it is another search.
 SAME = (*IDENTITY, "data.train_rows", "data.eval_rows", "train.micro_batch_size", "train.max_steps", "train.epochs",
         "train.learning_rate", "train.warmup_steps", "train.lr_schedule", "train.max_grad_norm", "eval.every",
         "search.space", "search.trials", "search.algorithm", "search.scheduler", "search.grace_period",
@@ -27,7 +27,7 @@ PLACE = "the folder that it was begun in"
 
 
 def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
-    """A new search, or the one in the folder goes on. Raises `UserError` if that one was another."""
+    """A new search, or the one in the folder resumes. Raises `UserError` if that one was another."""
     if cfg.checkpoint.resume == "never":
         for name in ("trials", "tune", "checkpoints", "model", "plots", "identity.json", "spans.jsonl", "summary.json",
                      "eval.json", "samples.md", "metrics.jsonl"):  # fmt: skip
@@ -42,7 +42,7 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
         if name in ours and ours[name] != theirs:
             raise UserError(
                 f"{name} is {ours[name]}, but the search in {root} was begun with {theirs}: set it back, choose "
-                f"another output_dir, or set checkpoint.resume=never to start anew"
+                f"another output_dir, or set checkpoint.resume=never to start from scratch"
             )
     write_json(path, ours)
     save_config(cfg, root / "config.yaml")
@@ -53,8 +53,8 @@ def check_place(root: Path) -> None:
     begun = read_json(root / "identity.json")[PLACE]
     if begun != str(root):
         raise UserError(
-            f"output_dir={root}: this search was begun in {begun} and goes on there only: move it back, or set "
-            f"checkpoint.resume=never to start anew"
+            f"output_dir={root}: this search was begun in {begun} and can be resumed only there: move it back, or set "
+            f"checkpoint.resume=never to start from scratch"
         )
 
 
@@ -79,7 +79,7 @@ def final_run(cfg: BaseConfig, winner: Record) -> BaseConfig:
 
 
 def finish(cfg: BaseConfig, trials: Trials, winner: Record) -> None:
-    """The best trial's run is over: the search's own figures go beside its own."""
+    """The best trial's run is over: add the search's own figures to its own."""
     root = trials.root.parent
     save_config(cfg, root / "config.yaml")  # the search's; the best trial's lies in its folder
     summary = read_json(root / "summary.json")
@@ -88,9 +88,9 @@ def finish(cfg: BaseConfig, trials: Trials, winner: Record) -> None:
 
 
 def interrupted(cfg: BaseConfig, project: str, trials: Trials, reason: str) -> None:
-    """The search was asked to stop: what it found so far, and how it goes on."""
+    """The search was asked to stop: what it found so far, and how to resume it."""
     how = "the same command" if cfg.checkpoint.resume == "auto" else "checkpoint.resume=auto"
-    print(f"Stopped ({reason}); {how} goes on from here")
+    print(f"Stopped ({reason}); {how} resumes from here")
     _without_model(project, "interrupted", trials)
 
 

@@ -1,7 +1,5 @@
 """The settings of this project: the keys of all projects, and a section of its own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +17,9 @@ class SearchConfig:
     algorithm: str = key("random", "who chooses the values", choices=("random", "optuna"))
     scheduler: str = key("asha", "asha: stop bad trials early; none: train all to the end", choices=("asha", "none"))
     grace_period: int = key(50, "optimizer steps before a trial can be stopped: the first rung", minimum=1)
-    reduction_factor: int = key(3, "the best 1/so many go on; each rung is so many times the one before", minimum=2)
+    reduction_factor: int = key(3, "N: the best 1/N continue; rungs are N times as far apart each", minimum=2)
     gpus_per_trial: float = key(1.0, "share of a GPU that a trial takes: 0.5 runs two on each", minimum=0.05)
-    concurrent_trials: int = key(0, "at most so many at a time; 0: as many as the GPUs take, two on a CPU", minimum=0)
+    concurrent_trials: int = key(0, "at most N at a time; 0: as many as the GPUs take, two on a CPU", minimum=0)
 
 
 @dataclass

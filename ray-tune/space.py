@@ -40,7 +40,7 @@ def check_search(cfg: BaseConfig, total_steps: int) -> None:
     """Raise `UserError` for a search that contradicts itself; `total_steps` of 0: not known before the data is."""
     s = cfg.search
     if cfg.checkpoint.resume not in ("auto", "never"):
-        raise UserError(f"checkpoint.resume={cfg.checkpoint.resume}: a search goes on in its output_dir: auto or never")
+        raise UserError(f"checkpoint.resume={cfg.checkpoint.resume}: a search resumes in its output_dir: auto or never")
     if s.scheduler == "asha" and not 0 < cfg.eval.every <= s.grace_period:
         raise UserError(
             f"eval.every={cfg.eval.every}: ASHA compares held-out losses from step search.grace_period="
@@ -99,7 +99,7 @@ def _typed(cfg: BaseConfig, name: str, value: Any, where: str) -> Any:
         raise UserError(f"{where}: {value!r} is no {kind.__name__}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
     if kind is float and not math.isfinite(typed):
-        raise UserError(f"{where}: {value} is no number that can be drawn")
+        raise UserError(f"{where}: {value} is not a number that can be drawn")
     if choices and typed not in choices:
         raise UserError(f"{where}: {value} is not one of {', '.join(choices)}")
     if minimum is not None and typed < minimum:

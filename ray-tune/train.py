@@ -1,13 +1,13 @@
 """Search hyper-parameters with Ray Tune and ASHA: many trials of one GPU each, the bad ones stopped early.
 
-A trial is the training loop of pytorch-ddp for one GPU. It reports its held-out loss every so many optimizer steps, and
+A trial is the training loop of pytorch-ddp for one GPU. It reports its held-out loss every few optimizer steps, and
 ASHA stops it where earlier trials were better at the same step. All trials have the same budget and the same schedule.
 
     ray-tune/launch.sh                                           # the real search: one trial at a time on each GPU
     ray-tune/launch.sh --config smoke.yaml                       # no network, no GPU: two trials at a time on the CPU
     python ray-tune/train.py --config smoke.yaml search.trials=10 search.algorithm=optuna    # any key can be set
 
-`--help` lists all keys. A search that was stopped or killed goes on when the same command is given again.
+`--help` lists all keys. A search that was stopped or killed resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def search(cfg: Config) -> None:
     if os.path.exists(cfg.model.name):  # trials may have another working directory
         cfg.model.name = os.path.abspath(cfg.model.name)
     root = Path(cfg.output_dir).resolve()
-    only_one = lock(root / ".lock", 0, f"output_dir={cfg.output_dir}: another search runs in it; choose another one")
+    only_one = lock(root / ".lock", 0, f"output_dir={cfg.output_dir}: another search is running in it; choose another")
     stop = runtime.StopRequest(cfg.runtime)
     check_export(cfg.model, root / "model")
     tokenizer = models.load_tokenizer(cfg.model)
@@ -124,7 +124,7 @@ def run_trials(
                 name="tune",
                 storage_path=str(trials.root.parent),
                 callbacks=[Watch(trials, cfg.search.trials)],
-                # A trial's own checkpoints are whole or not there; Ray's copies would not be, after a kill.
+                # A trial's own checkpoints are written atomically; Ray's copies would not be, after a kill.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),

@@ -34,7 +34,7 @@ class Trial(tune.Trainable):
         if self.record.status:  # Ray's state was older than the kill: this trial had ended
             return
         folder = self.record.folder
-        # NOTE: kept as long as this process lives, so that one that outlived a killed search cannot write beside it.
+        # NOTE: kept as long as this process lives: one that outlived a killed search must not write there as well.
         self.lock = lock(folder / ".lock", 60, f"{folder}: another process still writes there; try again in a minute")
         write_json(folder / "parameters.json", config)
         self.stopping = Stopping(trials.root.parent)

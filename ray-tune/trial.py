@@ -161,7 +161,7 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
                 seconds=time.perf_counter() - clock,
             )
             stopping, result = stop.reason, {}
-            # Also where the run is to stop: it goes on behind this step, and a rung needs the loss.
+            # Also if the run is to stop: it resumes after this step, and a rung needs the loss.
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
                 result = {"step": step, "eval_loss": evaluate(model, held_out, device, dtype)}
                 run.log_evaluation(**result)

@@ -1,4 +1,4 @@
-"""The trials of a search as their run folders tell them, which one is the best, and which checkpoints may go."""
+"""The trials of a search as their run folders record them, which one is the best, and which checkpoints may go."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Trials:
         curves = [(r.curve, bool(r.status)) if r else ({}, False) for r in known]
         for number, step in asha.stops(curves, self.rungs, self.reduction_factor).items():
             record = by_number[number]
-            if step >= self.total_steps:  # its first evaluation behind the last rung is its last one: nothing is left
+            if step >= self.total_steps:  # its first evaluation after the last rung is its last one: nothing is left
                 continue
             record.status = record.status and "stopped"
             record.curve = {at: loss for at, loss in record.curve.items() if at <= step}

@@ -1,4 +1,4 @@
-"""What looks on while the trials run: the progress line, the clean stop, and the order on the disk."""
+"""What watches while the trials run: the progress line, the clean stop, and the order on the disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from common.report import read_json
 from common.runtime import StopRequest
 
 MOST_SECONDS_TO_SAVE = 300
-WAIT_SECONDS = 30  # without any trial, before the user is told what for
+WAIT_SECONDS = 30  # without any trial, before the user hears why
 
 
 class Stopping:
@@ -73,7 +73,7 @@ class Watch(Callback):
         self._trials.delete_checkpoints()  # what a kill may have left
         ended = sum(bool(record.status) for record in self._trials.read_all())
         if ended:
-            print(f"Going on with the search: {ended} of {self._count} trials have ended")
+            print(f"Resuming the search: {ended} of {self._count} trials have ended")
         self._bar, self._read = Progress("Searching", "trial", self._count, ended), {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:

@@ -97,7 +97,7 @@ def refused(*parts: str):
 
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory) -> Path:
-    """What the Hub on this machine serves: a model and a data set under each real name."""
+    """What the Hub on this machine serves: a model and a dataset under each real name."""
     from hub_content import fill
     from hub_server import HubServer
 

@@ -1,4 +1,4 @@
-"""What the tests' Hub serves: the published models and data sets of the seven projects, tiny weights and few rows.
+"""What the tests' Hub serves: the published models and datasets of the seven projects, tiny weights and few rows.
 
 File kinds, every field of config.json and generation_config.json, the kind of tokenizer, special tokens and the chat
 template are those of the published repository. Only sizes differ, and token ids, which follow from the vocabulary.
@@ -69,7 +69,7 @@ QWEN2_TEMPLATE = (
 
 
 def fill(hub: HubServer, folder: Path) -> None:
-    """Build every model and data set of the seven projects in `folder` and hand them to `hub`."""
+    """Build every model and dataset of the seven projects in `folder` and hand them to `hub`."""
     for name, build in MODELS.items():
         target = folder / name
         shutil.rmtree(target, ignore_errors=True)
@@ -80,7 +80,7 @@ def fill(hub: HubServer, folder: Path) -> None:
         hub.add_model(name, target)
     rows = pydoc_data.rows()
     abstracts = [row["text"] for row in rows]
-    abstracts[100] = abstracts[2000] = " \n"  # the published data set has blank rows
+    abstracts[100] = abstracts[2000] = " \n"  # the published dataset has blank rows
     hub.add_dataset("ash001/arxiv-abstract", {"train.jsonl": _jsonl({"text": text} for text in abstracts)})
     dolly = (  # as published, three in ten rows have a text that the answer is in
         {"instruction": row["prompt"], "context": row["text"] if i % 10 < 3 else "", "response": row["response"]}

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on this machine, for tests that have no network.
 
 `HubServer` speaks the part of the Hub's HTTP protocol that `huggingface_hub`, `transformers` and `datasets` use to
-read and to publish models and data sets. The unmodified clients work with it once HF_ENDPOINT names its address.
+read and to publish models and datasets. The unmodified clients work with it once HF_ENDPOINT names its address.
 
     with HubServer(folder, tokens={"hf_alice": ("alice", "write")}) as hub:
         hub.add_dataset("alice/letters", {"train.jsonl": b'{"text": "a"}'})
@@ -232,7 +232,7 @@ class HubServer:
         shutil.copytree(folder, repo.folder, dirs_exist_ok=True)
 
     def add_dataset(self, repo_id: str, files: Mapping[str, bytes | str | Path], *, private: bool = False) -> None:
-        """Serve a data set of these files: name in the repository → content, or path of the file to copy."""
+        """Serve a dataset of these files: name in the repository → content, or path of the file to copy."""
         repo = self._create("datasets", repo_id, private)
         for name, content in files.items():
             data = content if isinstance(content, bytes) else Path(content).read_bytes()
@@ -680,7 +680,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a folder of models and data sets as a small Hugging Face Hub.")
+    parser = argparse.ArgumentParser(description="Serve a folder of models and datasets as a small Hugging Face Hub.")
     parser.add_argument("--root", required=True, help="folder with models/OWNER/NAME and datasets/OWNER/NAME")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
     # A file, because everyone on a machine can read the command lines of its processes.

@@ -8,7 +8,7 @@ as a user has it. Tests that stop or kill a run are cold, and compare it with a 
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -39,15 +39,6 @@ EQUAL = [
 ]
 
 
-def load_train(project: str):
-    """The project's train.py as a module: project folders are no packages."""
-    spec = importlib.util.spec_from_file_location(f"{project}_train", REPOSITORY / project / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @contextlib.contextmanager
 def project_modules(project: str, *names: str):
     """The project's own modules by name. Two projects have files of one name, so none stays in `sys.modules`."""
@@ -64,6 +55,12 @@ def project_modules(project: str, *names: str):
     finally:
         sys.path.remove(str(folder))
         forget()
+
+
+def load_train(project: str):
+    """The project's train.py as a module: project folders are no packages."""
+    with project_modules(project, "train") as found:
+        return found["train"]
 
 
 def assert_close(ours, theirs, relative):

@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     process = start(PROJECT, *settings, cold=cold)
     kill_at_step(process, tmp_path, step)
     output = run(PROJECT, *settings, cold=cold)
-    assert ("Going on from the checkpoint" in output) == (step >= 5)
+    assert ("Resuming from the checkpoint" in output) == (step >= 5)
     assert curve(tmp_path) == curve(undisturbed)
     epochs = [record["epoch"] for record in metrics(tmp_path) if "epoch" in record]
     assert max(epochs) > 3  # the second epoch's order was part of it

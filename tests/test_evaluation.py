@@ -355,7 +355,7 @@ def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monke
         else:
             (tmp_path / "run/summary.json").unlink()
         (note,) = check_training(cfg, model)
-        assert note.startswith("run goes on from an earlier end") and "step 4" in note
+        assert note.startswith("run was continued after this model was exported") and "step 4" in note
     (tmp_path / "run/config.yaml").write_text("model: {layers: 3}")  # another program's
     assert check_training(BaseConfig(), model) == []
 

@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(undisturbed, base, tmp_path):
     process = start(PROJECT, *settings, cold=True)
     kill_at_step(process, tmp_path, 18)
     output = run(PROJECT, *settings)
-    assert "Going on from the checkpoint of step" in output
+    assert "Resuming from the checkpoint of step" in output
     assert curve(tmp_path) == curve(undisturbed)
 
 
@@ -137,7 +137,7 @@ def test_a_completed_run_trains_on_as_if_it_had_not_ended(tmp_path):
     run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/at-once")
     run(PROJECT, *settings, "train.max_steps=4", f"output_dir={tmp_path}/in-two")
     output = run(PROJECT, *settings, "train.max_steps=8", f"output_dir={tmp_path}/in-two")
-    assert "Going on from the checkpoint of step 4" in output
+    assert "Resuming from the checkpoint of step 4" in output
     assert len(losses(tmp_path / "at-once")) == 8 and curve(tmp_path / "in-two") == curve(tmp_path / "at-once")
 
 
@@ -202,7 +202,7 @@ def test_a_stopped_run_saves_and_a_damaged_checkpoint_is_passed_over(undisturbed
     shard.write_bytes(shard.read_bytes()[:-100])
     output = run(PROJECT, *settings)
     assert f"{found[-1]} is damaged" in output
-    assert f"Going on from the checkpoint of step {int(found[0].removeprefix('step-'))}" in output
+    assert f"Resuming from the checkpoint of step {int(found[0].removeprefix('step-'))}" in output
     assert curve(tmp_path) == curve(undisturbed)
 
 
@@ -266,7 +266,7 @@ def test_packed_rows_wandb_and_the_time_limit(tmp_path):
     # Offline by W&B's own variable now, which 0.18 overlooks.
     output = run(PROJECT, *settings, "train.max_steps=500", "runtime.max_hours=0.0001", WANDB_MODE="offline")
     assert "warning" not in output and len([*(tmp_path / "run").glob("wandb/offline-run-*/*.wandb")]) == 2
-    assert "Going on from the checkpoint of step 6" in output and "runtime.max_hours=0.0001 is over" in output
+    assert "Resuming from the checkpoint of step 6" in output and "runtime.max_hours=0.0001 is over" in output
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["steps"] == 7
 

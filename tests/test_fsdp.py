@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     process = start(PROJECT, *settings, cold=cold)
     kill_at_step(process, tmp_path, step)
     output = run(PROJECT, *settings, cold=cold)
-    assert ("Going on from the checkpoint" in output) == (step >= 5)
+    assert ("Resuming from the checkpoint" in output) == (step >= 5)
     assert curve(tmp_path) == curve(undisturbed)
 
 
@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 def test_shards_of_two_ranks_are_read_by_another_number(undisturbed, tmp_path, processes):
     resume = f"checkpoint.resume={undisturbed}/checkpoints/step-00000020"  # another run folder's, with its history
     output = run(PROJECT, *RESUME, resume, f"output_dir={tmp_path}", processes=processes)
-    assert "Going on from the checkpoint of step 20" in output
+    assert "Resuming from the checkpoint of step 20" in output
     ours, theirs = ([loss for loss, _ in losses(folder)] for folder in (tmp_path, undisturbed))
     assert ours[:20] == theirs[:20] and ours[20:] != theirs[20:]  # rounding, so it was computed anew
     assert ours == pytest.approx(theirs, rel=1e-6)

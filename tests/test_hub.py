@@ -264,9 +264,9 @@ def test_failed_downloads_are_explained(hub: HubServer):
         ("model", "open/gptt", "main", READ): "private to others than your token's account",
         ("model", "open/gpt", "v9", None): "set model.revision",
         ("model", "./no/such", "main", None): "neither a name on the Hub (owner/name) nor something on this disk",
-        ("data set", "meta/rows", "main", None): f"data.name=meta/rows is gated: ask for access at {hub.url}/datasets/",
-        ("data set", "meta/rows", "main", READ): f"no access yet: ask for it at {hub.url}/datasets/meta/rows",
-        ("data set", "meta/rowss", "main", None): "data.name=meta/rowss is not on the Hub: misspelt",
+        ("dataset", "meta/rows", "main", None): f"data.name=meta/rows is gated: ask for access at {hub.url}/datasets/",
+        ("dataset", "meta/rows", "main", READ): f"no access yet: ask for it at {hub.url}/datasets/meta/rows",
+        ("dataset", "meta/rowss", "main", None): "data.name=meta/rowss is not on the Hub: misspelt",
     }
     lines = explained(hub, list(expected))
     assert len(lines) == len(expected)
@@ -276,7 +276,7 @@ def test_failed_downloads_are_explained(hub: HubServer):
 
 @pytest.mark.slow
 def test_downloads_in_offline_mode_are_explained(hub: HubServer):
-    cases = [("model", "open/gpt", "main", None), ("data set", "meta/rows", "main", None)]
+    cases = [("model", "open/gpt", "main", None), ("dataset", "meta/rows", "main", None)]
     for line, local in zip(explained(hub, cases, HF_HUB_OFFLINE="1"), ("local folder", "local file"), strict=True):
         assert "HF_HUB_OFFLINE forbids the download" in line
         assert local in line

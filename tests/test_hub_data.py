@@ -1,4 +1,4 @@
-"""Rows of a data set on the Hub are those of its files, as they are written there; also offline, once downloaded."""
+"""Rows of a dataset on the Hub are those of its files, as they are written there; also offline, once downloaded."""
 
 import json
 import os

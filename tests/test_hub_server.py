@@ -83,7 +83,7 @@ def asked(hub: HubServer, ending: str) -> list[tuple[str, int]]:
     return [(method, status) for method, path, status in hub.requests if path.endswith(ending)]
 
 
-# ---- models and data sets
+# ---- models and datasets
 
 
 def test_model_and_tokenizer_survive_the_round_trip(hub, client):

@@ -544,6 +544,7 @@ def test_settings_are_checked_before_torch_is_imported(project, argument, exit_c
     assert answer in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("project", [project for project in PROJECTS if project != "llm-foundry-finetune"])
 def test_importing_a_project_leaves_plots_and_comparison_for_later(project):
     """A rank needs neither Matplotlib nor Accelerate nor MLflow to train; each takes a second to import."""
@@ -562,6 +563,6 @@ def test_importing_a_project_leaves_plots_and_comparison_for_later(project):
 def test_launch_sh_reports_a_wrong_key_once_and_starts_nothing():
     for project in PROJECTS:
         command = [REPOSITORY / project / "launch.sh", "--config", "smoke.yaml", "train.lerning_rate=1"]
-        done = subprocess.run(command, env=environment(NPROC_PER_NODE="2"), capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(cold=True, NPROC_PER_NODE="2"), capture_output=True, text=True)
         assert done.returncode == 2
         assert "did you mean train.learning_rate?" in error_line(done.stdout + done.stderr)

@@ -268,7 +268,7 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
     assert not (kept / "model").exists()
 
     output, kept, run = session(2, "train")
-    assert "Going on from the checkpoint of step 1" in output
+    assert "Resuming from the checkpoint of step 1" in output
     assert [record["step"] for record in metrics(kept) if "loss" in record] == [1, 2, 3, 4]
     assert (kept / "model/model.safetensors").is_file() and not (kept / "checkpoints").exists()
     assert (run / "checkpoints/step-00000004").is_dir()  # too large to keep, and not needed
@@ -289,7 +289,7 @@ def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
         done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2 and not done.stdout
         assert done.stderr.strip() == (
-            f"error: {named[0] if named else REPOSITORY} is no source of a notebook: "
+            f"error: {named[0] if named else REPOSITORY} is not the source of a notebook: "
             "name one, such as pytorch-ddp/notebooks/train.py"
         )
     assert ipynb.read_bytes() == unchanged

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     process = start(PROJECT, *settings, cold=True)
     kill_at_step(process, tmp_path, 14)
     output = run(PROJECT, *settings, cold=True)
-    assert "Going on from the checkpoint of step 12" in output
+    assert "Resuming from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
 

@@ -235,7 +235,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     process = start(PROJECT, *settings, cold=True)
     kill_at_step(process, tmp_path, 14)
     output = run(PROJECT, *settings, cold=True)
-    assert "Going on from the checkpoint of step 12" in output
+    assert "Resuming from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1
 
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_two_stages_is_read_by_another_grid(undisturbed, tmp_pat
     resume = f"checkpoint.resume={undisturbed}/checkpoints/step-00000012"  # another run folder's, with its history
     settings = [resume, f"pipeline.stages={stages}", f"output_dir={tmp_path}"]
     output = run(PROJECT, *RESUME, *settings, processes=processes)
-    assert "Going on from the checkpoint of step 12" in output
+    assert "Resuming from the checkpoint of step 12" in output
     ours, theirs = ([loss for loss, _ in losses(folder)] for folder in (tmp_path, undisturbed))
     assert ours == pytest.approx(theirs, rel=1e-6) and len(ours) == 20
     if stages == 3:  # another cut between layers changes nothing at all

@@ -221,7 +221,7 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
     workers[1].kill()
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert "warning: the worker of rank" in output and "Going on from the checkpoint of step 12" in output
+    assert "warning: the worker of rank" in output and "Resuming from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert checkpoints_of(tmp_path) == ["step-00000016", "step-00000020"]
 
@@ -242,7 +242,7 @@ def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_othe
     workers_of(process)[0].kill()
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    first, again = map(int, re.findall(r"Going on from the checkpoint of step (\d+)", output))
+    first, again = map(int, re.findall(r"Resuming from the checkpoint of step (\d+)", output))
     assert first == 16 and again in (16, 100)  # the latter where the run had got there meanwhile
     left = ("00000016", "00000018-mine", "00000100", "00000200")
     assert checkpoints_of(tmp_path) == [f"step-{name}" for name in left]
@@ -261,7 +261,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     assert count > 10 and not found
     kill_at_step(process, tmp_path, 14)
     output = fit(*settings, cold=True)
-    assert "Going on from the checkpoint of step 12" in output
+    assert "Resuming from the checkpoint of step 12" in output
     assert curve(tmp_path) == curve(undisturbed)
     assert checkpoints_of(tmp_path) == ["step-00000016", "step-00000020"]
     assert max(record["epoch"] for record in metrics(tmp_path) if "epoch" in record) > 1

@@ -155,6 +155,32 @@ def test_code_is_copied_from_the_file_and_checked(repository):
         results.update(repository, check=True)
 
 
+def test_a_section_of_a_yaml_file_is_copied_with_its_comments(repository):
+    readme, file = repository / "README.md", repository / "pytorch-ddp/config.yaml"
+    file.write_text(
+        "# The whole file.\nmodel: {name: a}\n\n# ── Training ──\ntrain: # what all share\n  # why\n  lr: 1\n\n"
+        "  groups:\n  - {decay: 0} # vectors\n\n# ── Evaluation ──\neval:\n  every: 1\n"
+    )
+    block = "<!-- code: pytorch-ddp/config.yaml {} -->{}<!-- end code -->"
+    readme.write_text("\n".join(block.format(what, "old") for what in ("train", "model", "eval", "train: lr … groups")))
+    results.update(repository, check=False)
+    assert readme.read_text().splitlines() == [
+        "<!-- code: pytorch-ddp/config.yaml train -->", "```yaml", "train: # what all share", "  # why", "  lr: 1", "",
+        "  groups:", "  - {decay: 0} # vectors", "```", "<!-- end code -->",
+        "<!-- code: pytorch-ddp/config.yaml model -->", "```yaml", "model: {name: a}", "```", "<!-- end code -->",
+        "<!-- code: pytorch-ddp/config.yaml eval -->", "```yaml", "eval:", "  every: 1", "```", "<!-- end code -->",
+        "<!-- code: pytorch-ddp/config.yaml train: lr … groups -->", "```yaml", "lr: 1", "", "groups:", "```",
+        "<!-- end code -->",
+    ]  # fmt: skip
+    results.update(repository, check=True)
+    file.write_text(file.read_text().replace("lr: 1", "lr: 2"))
+    with refused("out of date: README.md"):
+        results.update(repository, check=True)
+    readme.write_text(block.format("lr", ""))
+    with refused("no lr in pytorch-ddp/config.yaml"):
+        results.update(repository, check=True)
+
+
 def test_plots_are_made_from_the_records_the_same_each_time(repository):
     with refused("docs/figures/pytorch-ddp-speed.svg"):
         figures.update(repository, check=True)

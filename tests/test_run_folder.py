@@ -262,4 +262,4 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(on_a_full_disk, moment):
     assert whole == {"step-00000003", "step-00000004"} if moment in ("export", "end") else whole >= {"step-00000002"}
     # With room again, the same command completes what the full disk ended.
     assert status == "completed"
-    assert ("damaged" not in printed) and ("Going on from" in printed or "is complete" in printed)
+    assert ("damaged" not in printed) and ("Resuming from" in printed or "is complete" in printed)

@@ -252,7 +252,7 @@ def test_a_search_that_was_stopped_and_then_killed_comes_to_the_same_end(whole, 
     before = {p.parent.name: losses(p.parent) for p in folder.glob("trials/*/metrics.jsonl")}
 
     output = run(PROJECT, *SEARCH, f"output_dir={folder}")
-    assert f"Going on with the search: {len(ended)} of 6 trials have ended" in output
+    assert f"Resuming the search: {len(ended)} of 6 trials have ended" in output
     for name, text in ended.items():  # with the seconds that each step took: nothing was repeated
         assert (folder / "trials" / name / "metrics.jsonl").read_text() == text
     assert not Path(ray_folder).exists()
@@ -274,7 +274,7 @@ def test_a_search_stops_when_its_hours_are_over_and_goes_on_by_the_same_command(
     settings = [*SEARCH, "tracking.backend=none", f"output_dir={tmp_path}"]
     hours = f"runtime.max_hours={round(seconds / 3600, 6)}"  # as it is said again: without a last zero
     output = run(PROJECT, *settings, hours)
-    assert f"Stopped ({hours} is over); the same command goes on from here" in output
+    assert f"Stopped ({hours} is over); the same command resumes from here" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["search"]["completed"] < 6
     begun = [
@@ -651,4 +651,4 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
         modules["outcome"].check_place(moved)
     with modules["trials"].lock(tmp_path / ".lock", 0, ""):
         line = error_line(run(PROJECT, f"output_dir={tmp_path}", exit_code=2))
-        assert "another search runs in it" in line
+        assert "another search is running in it" in line

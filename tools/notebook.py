@@ -42,7 +42,7 @@ RECORDS = [
 
 
 class CellFailed(Exception):
-    """Ends a cell with one line in place of a traceback."""
+    """Ends a cell with one line instead of a traceback."""
 
     def _render_traceback_(self) -> list[str]:  # IPython asks for it
         return [f"{self}"]
@@ -91,7 +91,7 @@ def _is_there(requirement: str) -> bool:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name, memory and compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, as the driver tells them."""
+    """Name, memory and compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, as the driver reports them."""
     keys = ("index", "uuid", "name", "memory", "capability")
     try:
         query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader"]
@@ -106,7 +106,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def processes() -> int:
-    """How many processes the launch scripts start here: one for each GPU, or two on the CPU, unless told otherwise."""
+    """How many processes the launch scripts start here: NPROC_PER_NODE, or one per GPU, or two on the CPU."""
     return int(os.environ.get("NPROC_PER_NODE", 0)) or len(gpus()) * int(os.environ.get("GPU_SHARES") or 1) or 2
 
 
@@ -123,11 +123,11 @@ def check_machine(wanted_gpus: int = 2) -> None:
     print(f"{'disk':15} {shutil.disk_usage(runs_folder()).free / 1e9:.0f} GB free for the run")
     print(f"{'Python':15} {platform.python_version()}")
     if any(gpu["capability"].startswith("6.") for gpu in found):
-        print("warning: current builds of PyTorch have no code for a P100: choose the accelerator «GPU T4 x2»")
+        print("warning: current builds of PyTorch have no code for a P100: choose the accelerator GPU T4 x2")
     elif found and os.environ.get("GPU_SHARES"):
         print(f"{'GPU_SHARES':15} {os.environ['GPU_SHARES']} processes share a GPU")
     elif found and len(found) < wanted_gpus:
-        print(f"warning: {len(found)} GPU, and this notebook is about {wanted_gpus}: choose «GPU T4 x2»")
+        print(f"warning: {len(found)} GPU, and this notebook is about {wanted_gpus}: choose the accelerator GPU T4 x2")
 
 
 def use_secrets(*names: str) -> None:
@@ -151,7 +151,7 @@ def runs_folder() -> Path:
 
 
 def earlier_checkpoint(project: str, run: Path) -> list[str]:
-    """The setting that goes on from what an earlier session kept and was attached as input to this one; else none.
+    """The setting that resumes from what an earlier session kept and was attached as input to this one; else none.
 
     Where `run` has checkpoints of its own, this session has gone on already: by itself, the run takes the newest.
     """
@@ -273,7 +273,7 @@ def show_measured(project: str) -> None:
 
 
 def keep(run: Path, project: str) -> None:
-    """Say what the run left. On Kaggle, copy what the session keeps: the model, or a checkpoint to go on from."""
+    """Say what the run left. On Kaggle, copy what the session keeps: the model, or a checkpoint to resume from."""
     summary = run / "summary.json"  # an evaluation of another session's model leaves none
     completed = not summary.exists() or json.loads(summary.read_text())["status"] == "completed"
     target = run
@@ -285,11 +285,11 @@ def keep(run: Path, project: str) -> None:
         print(f"{math.ceil(_bytes(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
     print(f"in {target}")
     if not completed and target == run:
-        print("The run is not complete: run the training's cell again, and it goes on.")
+        print("The run is not complete: run the training cell again to resume it.")
     elif not completed and (target / "checkpoints").is_dir():
         print("The run is not complete. Save this version, attach its output as input to the next, and run all again.")
     elif not completed:
-        print("The run is not complete, and what it would go on from is too large to keep: train on in this session.")
+        print("The run is not complete, and its checkpoint is too large to keep: finish training in this session.")
 
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:

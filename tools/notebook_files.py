@@ -1,6 +1,6 @@
 """Write the notebooks of all projects from their sources: `python -m tools.notebook_files [--check] [REVISION]`.
 
-A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` beside
+A source is `PROJECT/notebooks/train.py` or `eval.py`, in jupytext's percent format. From it come the `.ipynb` next to
 it, in which cells keep their outputs as long as their code stays, and the folder that `kaggle kernels push -p` takes.
 The tables of what was measured are always those of `results/`.
 The repository's address stands in pyproject.toml, under `project.urls`, and is copied from there into the notebooks and

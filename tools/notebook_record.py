@@ -56,7 +56,7 @@ def _print_text(cell: nbformat.NotebookNode, cell_index: int, execute_reply: dic
 def record(source: Path, config: str, settings: list[str]) -> None:
     """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if there is none, or a cell fails."""
     if not notebook_files.is_source(source):
-        raise UserError(f"{source} is no source of a notebook: name one, such as pytorch-ddp/notebooks/train.py")
+        raise UserError(f"{source} is not the source of a notebook: name one, such as pytorch-ddp/notebooks/train.py")
     text = source.read_text(encoding="utf-8")
     found = nbformat.reads(notebook_files.notebook(text, None), 4)
     edits = [f"CONFIG, SETTINGS = {config!r}, {settings!r}", f"print({SHOWN!r}, CONFIG, *SETTINGS)"]
@@ -75,7 +75,7 @@ def main() -> None:
         prog="python -m tools.notebook_record", usage="%(prog)s SOURCE [--config FILE] [key=value ...]"
     )
     parser.add_argument("source", nargs="?", default="", help="PROJECT/notebooks/train.py or eval.py")
-    parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name beside the script")
+    parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name next to the script")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments = parser.parse_intermixed_args()
     record(Path(arguments.source).resolve(), arguments.config, arguments.settings)

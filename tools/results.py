@@ -6,6 +6,7 @@ out of date.
     <!-- results: NAME --> … <!-- end results -->          the table NAME of BLOCKS, below
     <!-- code: FILE FUNCTION --> … <!-- end code -->       a function of FILE, without its docstring
     <!-- code: FILE FUNCTION: FIRST … LAST --> …           its lines from the one that begins with FIRST to LAST
+    <!-- code: FILE.yaml KEY --> …                         a top-level key of a YAML file, with its comments
 
 A table is a list of records and a list of columns; a column is its heading and a function of the record.
 """
@@ -18,6 +19,7 @@ import re
 import statistics
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def read(folder: Path, *names: str) -> list[dict]:
 
 
 def table(records: list, columns: Mapping[str, Callable[..., object]], caption: str) -> str:
-    """Markdown on lines of its own; the first column stands to the left, the others to the right."""
+    """Markdown on lines of its own; the first column is left-aligned, the other ones right-aligned."""
     rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
     rows += [[str(value(r)) for value in columns.values()] for r in records]
     return "\n".join(["\n", *(f"| {' | '.join(row)} |" for row in rows), "", f"*{caption}*", "\n"])
@@ -80,8 +82,15 @@ def figure(text: str) -> Callable[[dict], str]:
     return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
 
 
+def commit(records: list[dict]) -> str:
+    """The commits that the records were measured at, for the end of a caption."""
+    commits = shared(records, lambda r: (r["environment"].get("git_commit") or "unknown").split()[0][:10])
+    changed = any("with local changes" in (r["environment"].get("git_commit") or "") for r in records)
+    return f"Commit {commits}{', with local changes' if changed else ''}."
+
+
 def entry(text: str) -> Callable[[dict], str]:
-    """A column of what stands in the record beside its summary."""
+    """A column of what is in the record besides its summary."""
     return lambda r: text.format(**r)
 
 
@@ -104,15 +113,16 @@ def speed_table(folder: Path, *names: str) -> str:
         "GPUs": lambda r: r["gpus"],
         "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "a GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
-        "TFLOP/s a GPU": lambda r: f"{tflops(r):.0f}",
-        "share of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
+        "per GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
+        "TFLOP/s per GPU": lambda r: f"{tflops(r):.0f}",
+        "of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
         "MFU": figure("{mfu:.1%}"),
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
         "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
     }
     ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
-    return table(records, columns, f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s a GPU.")
+    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU. {commit(records)}"
+    return table(records, columns, caption)
 
 
 def memory_table(folder: Path, *names: str) -> str:
@@ -125,11 +135,11 @@ def memory_table(folder: Path, *names: str) -> str:
         "steps": figure("{steps}"),
         "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
-    """What the tensors of a GPU should take, by term, beside what they took."""
+    """What the tensors of a GPU should take, by term, next to what they took."""
     records = read(folder, *(f"memory-{name}" for name in names))
 
     def gib(term: str) -> Callable[[dict], str]:
@@ -146,7 +156,7 @@ def arithmetic_table(folder: Path, *names: str) -> str:
         "measured": gib("measured"),
         "of the sum": lambda r: f"{r['arithmetic_gib']['measured / sum']:.0%}",
     }
-    return table(records, columns, f"{machine(records)}")
+    return table(records, columns, f"{machine(records)}. {commit(records)}")
 
 
 def io_table(folder: Path, name: str) -> str:
@@ -160,7 +170,7 @@ def io_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['gpus']} × {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, "
         f"{r['date']}, files in memory (/dev/shm). Published weights: {r['published_fp16_gib']:.2f} GiB in fp16, "
-        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}."
+        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}.{commit([r])}"
     )
     return table(list(r["phases"].items()), columns, caption)
 
@@ -195,17 +205,17 @@ def offload_table(folder: Path, *names: str) -> str:
         "run": lambda r: r["label"],
         "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "seconds a step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
+        "seconds per step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
         "GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
         "host peak GiB": figure("{peak_host_gib:.1f}"),
         "GPUs": lambda r: r["gpus"],
         "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def prediction_table(folder: Path, *names: str) -> str:
-    """What the preflight predicted beside what was measured, and the host's peak by phase."""
+    """What the preflight predicted next to what was measured, and the host's peak by phase."""
     records = read(folder, *names)
 
     def predicted(place: str, measured: str) -> dict[str, Callable[[dict], object]]:
@@ -224,7 +234,8 @@ def prediction_table(folder: Path, *names: str) -> str:
         **predicted("host", "peak_host_gib"),
         "host by phase": lambda r: " / ".join(f"{r['host_peaks_gib'][phase]:.1f}" for phase in phases),
     }
-    return table(records, columns, f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far.")
+    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far. {commit(records)}"
+    return table(records, columns, caption)
 
 
 def offload_headline(folder: Path, name: str) -> str:
@@ -248,16 +259,16 @@ def pipeline_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
-        "of a GPU": lambda r: share(r) or "all",
+        "share of a GPU": lambda r: share(r) or "all",
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
-        "ms a micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
+        "ms per micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),
         "tokens/s": figure("{tokens_per_second:,.0f}"),
         "efficiency": lambda r: f"{r['efficiency']:.0%}",
         "ideal": lambda r: f"{r['ideal']:.0%}",
         "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def stage_costs_table(folder: Path, name: str) -> str:
@@ -274,9 +285,9 @@ def stage_costs_table(folder: Path, name: str) -> str:
     }
     caption = (
         f"One {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, {r['date']}. "
-        f"{r['settings']['data.max_length']} tokens a row in {r['settings']['train.precision']}, a T4's attention "
+        f"{r['settings']['data.max_length']} tokens per row in {r['settings']['train.precision']}, a T4's attention "
         f"kernels, activation checkpointing {'on' if r['checkpointing'] else 'off'}; forward and backward. By "
-        f"operations the head weighs {r['computed_head_layers']:.1f} layers."
+        f"operations the head weighs {r['computed_head_layers']:.1f} layers.{commit([r])}"
     )
     return table(r["cases"], columns, caption)
 
@@ -302,7 +313,7 @@ def profile_table(folder: Path, *names: str) -> str:
         "neither": entry("{step-profile[idle]:.2f}"),
         "longest pause between exchanges": entry("{step-profile[longest_pause]:.2f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def held_seconds(r: dict) -> float:
@@ -316,18 +327,28 @@ def search_table(folder: Path, *names: str) -> str:
     records = read(folder, *names)
     columns = {
         "search": lambda r: r["label"],
-        "steps a trial": lambda r: r["settings"]["train.max_steps"],
         "stopped": figure("{search[stopped]}"),
         "device seconds": lambda r: f"{held_seconds(r):.0f}",
-        "of these training": figure("{search[device_seconds]:.0f}"),
         "seconds": figure("{search[wall_seconds]:.0f}"),
         "devices busy": figure("{search[devices_busy]:.0%}"),
-        "best": figure("{search[best]}"),
-        "its held-out loss": figure("{search[best_eval_loss]:.4f}"),
-        "the default's": figure("{search[default_eval_loss]:.4f}"),
-        "its GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
+        "best loss": figure("{search[best_eval_loss]:.4f}"),
+        "default's": figure("{search[default_eval_loss]:.4f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
+
+
+def search_details_table(folder: Path, *names: str) -> str:
+    """What `search_table` leaves out."""
+    records = read(folder, *names)
+    columns = {
+        "search": lambda r: r["label"],
+        "steps per trial": lambda r: r["settings"]["train.max_steps"],
+        "device seconds held": lambda r: f"{held_seconds(r):.0f}",
+        "device seconds training": figure("{search[device_seconds]:.0f}"),
+        "best trial": figure("{search[best]}"),
+        "its peak GPU GiB": figure("{peak_gpu_gib:.1f}"),
+    }
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def early_stopping_table(folder: Path, name: str) -> str:
@@ -345,18 +366,18 @@ def early_stopping_table(folder: Path, name: str) -> str:
         "space": lambda row: row["space"],
         "trials": lambda row: row["trials"],
         "first rung": lambda row: row["grace_period"],
-        "steps taken": entry("{ours[share]:.0%}"),
-        "most": entry("{ours[largest_share]:.0%}"),
-        "at most half": entry("{ours[at_most_half]}"),
-        "best found": entry("{ours[best_found]}"),
-        "or within noise": entry("{ours[best_within_noise]}"),
-        "loss missed": entry("{ours[missed]:.3f}"),
-        "at worst": entry("{ours[most_missed]:.3f}"),
+        "steps taken, mean": entry("{ours[share]:.0%}"),
+        "largest": entry("{ours[largest_share]:.0%}"),
+        "draws with at most half": entry("{ours[at_most_half]}"),
+        "draws with the best found": entry("{ours[best_found]}"),
+        "or one within noise": entry("{ours[best_within_noise]}"),
+        "loss missed, mean": entry("{ours[missed]:.3f}"),
+        "largest miss": entry("{ours[most_missed]:.3f}"),
     }
     caption = (
-        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws: "
-        f"their mean, the worst of them, and in how many of them. Budget {r['budget']} steps, reduction {shipped}. "
-        f"Noise: a difference of at most {within:.2f}."
+        f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws of "
+        f"the trials. Budget {r['budget']} steps, reduction {shipped}. Noise: a difference of at most {within:.2f}. "
+        f"{commit([r])}"
     )
     return table(rows, columns, caption)
 
@@ -378,20 +399,20 @@ def early_stopping_headline(folder: Path, replays: str, with_it: str, without: s
 
 
 def ray_train_table(folder: Path, *names: str) -> str:
-    """Micro-batch and Ray against speed; a step's time says how far one run's is from another's by chance."""
+    """What Ray costs. Single steps show how far two runs are apart by chance."""
     records = read(folder, *names)
     columns = {
         "run": lambda r: r["label"],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "seconds of steps 3, 4, 5, last": lambda r: " / ".join(
+        "steps 3, 4, 5 and last, s": lambda r: " / ".join(
             f"{step['step_seconds']:.2f}" for step in (*r["first_steps"][3:6], *r["last_steps"])
         ),
-        "peak GiB": figure("{peak_gpu_gib:.1f}"),
-        "host peak GiB": figure("{peak_host_gib:.1f}"),
-        "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f} ({steps} steps)"),
+        "GPU GiB": figure("{peak_gpu_gib:.1f}"),
+        "host GiB": figure("{peak_host_gib:.1f}"),
+        "last loss": figure("{last_loss:.3f} (step {steps})"),
     }
     is_limited = all("runtime.gpu_memory_limit_gib" in r["settings"] for r in records)
-    return table(records, columns, limited(records) if is_limited else f"{machine(records)}.")
+    return table(records, columns, f"{limited(records) if is_limited else machine(records) + '.'} {commit(records)}")
 
 
 def ray_train_headline(folder: Path, *names: str) -> str:
@@ -404,7 +425,7 @@ def ray_train_headline(folder: Path, *names: str) -> str:
 
 
 def foundry_table(folder: Path, *names: str) -> str:
-    """The same places a step; how many of them hold tokens, and how long a step takes."""
+    """Tokens per second, how much of a batch is tokens and not padding, and how long a step takes."""
     records = read(folder, *names)
 
     def steps(r: dict) -> list[dict]:  # those that the record has, but for the first
@@ -416,11 +437,11 @@ def foundry_table(folder: Path, *names: str) -> str:
     columns = {
         "run": lambda r: r["label"],
         "tokens/s": figure("{tokens_per_second:,.0f}"),
-        "places filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
-        "median seconds a step": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
+        "batch filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
+        "median step, s": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
     }
-    return table(records, columns, limited(records))
+    return table(records, columns, f"{limited(records)} {commit(records)}")
 
 
 def foundry_headline(folder: Path, name: str) -> str:
@@ -433,7 +454,7 @@ def foundry_headline(folder: Path, name: str) -> str:
 
 
 def equality_table(folder: Path, name: str) -> str:
-    """Losses of all projects on the same model and rows, beside a plain loop's."""
+    """Losses of all projects on the same model and rows, next to a plain loop's."""
     (r,) = read(folder, name)
     plain, steps = r["plain"], len(r["plain"])
 
@@ -500,7 +521,7 @@ def real_machine(records: list[dict]) -> str:
 
 
 def real_losses(folder: Path) -> str:
-    """Held-out losses of one real model after the same training by all projects, beside a plain loop's."""
+    """Held-out losses of one real model after the same training by all projects, next to a plain loop's."""
     records = real_records(folder)
     if not records:
         return "\n\n*Not measured yet: `python bench/real.py` writes the records.*\n\n"
@@ -565,9 +586,63 @@ def real_answers(folder: Path) -> str:
     return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
 
 
+def hardware(results: Path) -> str:
+    """What one run of each project takes of a 16 GB GPU and of the host, and its speed on the GPU it ran on."""
+    records = [read(results.parent / project, name)[0] for project, name in HARDWARE.items()]
+    by_stage = lambda r: r["summary"].get("peak_gpu_gib_by_rank", [r["summary"]["peak_gpu_gib"]])  # noqa: E731
+
+    def fits_on(r: dict) -> str:
+        return "1 × 16 GB per trial" if r["project"] == "ray-tune" else f"{r['gpus']} × 16 GB"
+
+    columns = {
+        "project": lambda r: f"[`{r['project']}`]({r['project']}/README.md)",
+        "GPU, GiB": lambda r: " / ".join(f"{peak:.1f}" for peak in by_stage(r)),
+        "host, GiB": figure("{peak_host_gib:.1f}"),
+        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "measured on": gpus_of,
+        "fits on": fits_on,
+    }
+    limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
+    form = shared(records, lambda r: r["settings"]["train.precision"])
+    versions = shared(records, lambda r: r["environment"]["versions"]["torch"])
+    dates = sorted(r["date"] for r in records)
+    commits = shared(
+        [r for r in records if r["environment"].get("git_commit")], lambda r: r["environment"]["git_commit"][:10]
+    )
+    caption = (
+        f"Peak memory per GPU (per stage in `deepspeed-pipeline`) and of the host; tokens/s of all GPUs together. Each "
+        f"process may allocate {limit} GiB, what a 16 GB T4 offers, and computes in {form}. `1/2 of one` GPU: two "
+        f"processes share it. In `ray-tune`, two trials share it, and the figures are the best trial's. Host memory "
+        f"in `ray-train` is that of one of two Ray nodes, with one worker each. Random weights of the published "
+        f"shapes, torch {versions}, {dates[0]} to {dates[-1]}, commits {commits} with local changes (`pytorch-ddp`: "
+        f"not recorded)."
+    )
+    return table(records, columns, caption)
+
+
+def kaggle_badge(folder: Path) -> str:
+    """A badge that opens pytorch-ddp's training on Kaggle, from the repository whose address is in pyproject.toml."""
+    settings = tomllib.loads((folder.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    notebook = f"{settings['project']['urls']['Repository']}/blob/main/pytorch-ddp/notebooks/train.ipynb"
+    image = "https://kaggle.com/static/images/open-in-kaggle.svg"
+    return f"[![Open in Kaggle]({image})](https://kaggle.com/kernels/welcome?src={notebook})"
+
+
+# The run of each project that the main README's hardware table shows, in results/PROJECT/.
+HARDWARE = {
+    "pytorch-ddp": "memory-micro-4",
+    "pytorch-fsdp": "memory-micro-8",
+    "deepspeed-offload": "1024-micro-16",
+    "deepspeed-pipeline": "shipped",
+    "llm-foundry-finetune": "speed-t4-settings",
+    "ray-train": "2gpu-micro-4",
+    "ray-tune": "1gpu-six-asha",
+}
 OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16", "two-gpus", "host-16-deepspeed")
 
 BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
+    "hardware": (hardware,),
+    "kaggle badge": (kaggle_badge,),
     "real losses": (real_losses,),
     "real closeness": (real_closeness,),
     "real answers": (real_answers,),
@@ -605,6 +680,15 @@ BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which recor
     "ray-train headline": (ray_train_headline, "2gpu-micro-4", "2gpu-micro-4-plain"),
     "ray-train one GPU": (ray_train_table, "1gpu-micro-4", "1gpu-micro-4-plain"),
     "ray-tune search": (search_table, "six-asha", "asha", "none", "sixteen-asha", "sixteen-none", "1gpu-six-asha"),
+    "ray-tune search details": (
+        search_details_table,
+        "six-asha",
+        "asha",
+        "none",
+        "sixteen-asha",
+        "sixteen-none",
+        "1gpu-six-asha",
+    ),
     "ray-tune early stopping": (early_stopping_table, "early-stopping"),
     "ray-tune headline": (early_stopping_headline, "early-stopping", "sixteen-asha", "sixteen-none"),
     "pytorch-ddp headline": (headline, "speed-1gpu", "speed-2gpu", "memory-micro-4"),
@@ -623,20 +707,17 @@ def tables(project: str, results: Path) -> list[str]:
 
 
 def excerpt(what: str, repository: Path) -> str:
-    """The code that a block `FILE FUNCTION[: FIRST … LAST]` names, dedented. Raises `UserError` if it is not there."""
+    """The code that a block `FILE NAME[: FIRST … LAST]` names, dedented. Raises `UserError` if it is not there.
+
+    NAME is a function or class of a Python file, or a top-level key of a YAML file.
+    """
     place, _, lines = what.partition(": ")
     file, _, name = place.partition(" ")
     path = repository / file
     source = path.read_text(encoding="utf-8") if path.is_file() else ""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds) and node.name == name]
-    if not found:
+    code = _yaml_section(source, name) if is_yaml(file) else _function(source, name)
+    if not code:
         raise UserError(f"<!-- code: {what} -->: no {name} in {file}")
-    body = found[0].body
-    has_docstring = ast.get_docstring(found[0]) is not None
-    code = source.splitlines()[found[0].lineno - 1 : found[0].end_lineno]
-    if has_docstring:
-        del code[body[0].lineno - found[0].lineno : (body[0].end_lineno or 0) - found[0].lineno + 1]
     if lines:
         first, _, last = lines.partition(" … ")
         begins = [i for i, line in enumerate(code) if line.strip().startswith(first)]
@@ -647,8 +728,39 @@ def excerpt(what: str, repository: Path) -> str:
     return textwrap.dedent("\n".join(code))
 
 
+def is_yaml(file: str) -> bool:
+    """Whether the name is that of a YAML file, of which a top-level key is shown, not a function."""
+    return file.endswith((".yaml", ".yml"))
+
+
+def _function(source: str, name: str) -> list[str]:
+    """Lines of the function or class `name` without its docstring; empty: there is none."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    found = next((node for node in nodes if node.name == name), None)
+    if found is None:
+        return []
+    code = source.splitlines()[found.lineno - 1 : found.end_lineno]
+    if ast.get_docstring(found) is not None:
+        docstring = found.body[0]
+        del code[docstring.lineno - found.lineno : (docstring.end_lineno or 0) - found.lineno + 1]
+    return code
+
+
+def _yaml_section(source: str, key: str) -> list[str]:
+    """Lines of the top-level `key`, up to the next one or to the comment above that; empty: there is none."""
+    lines = source.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), len(lines))
+    end = begin + 1
+    while end < len(lines) and (not lines[end] or lines[end][0] in " #-"):
+        end += 1
+    while end > begin + 1 and (not lines[end - 1] or lines[end - 1][0] == "#"):
+        end -= 1
+    return lines[begin:end]
+
+
 def filled(text: str, repository: Path) -> str:
-    """`text` with every block made anew."""
+    """`text` with every block filled again."""
 
     def fill(found: re.Match) -> str:
         name = found[1]
@@ -657,7 +769,8 @@ def filled(text: str, repository: Path) -> str:
         return f"<!-- results: {name} -->{block(name, repository / 'results')}<!-- end results -->"
 
     def fill_code(found: re.Match) -> str:
-        return f"<!-- code: {found[1]} -->\n```python\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
+        language = "yaml" if is_yaml(found[1].partition(" ")[0]) else "python"
+        return f"<!-- code: {found[1]} -->\n```{language}\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
 
     for kind, pattern, make in (("results", BLOCK, fill), ("code", CODE, fill_code)):
         text, blocks = pattern.subn(make, text)

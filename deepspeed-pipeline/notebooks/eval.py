@@ -44,7 +44,7 @@ notebook.check_machine()
 # %% tags=["parameters"]
 CONFIG = "config.yaml"
 SETTINGS = []
-MODEL = ""  # a Hub repository, such as "ash001/deepspeed-pipeline-llama-1B", in place of train.ipynb's
+MODEL = ""  # a Hub repository, such as "ash001/deepspeed-pipeline-llama-1B", instead of train.ipynb's
 RUN = notebook.runs_folder() / "deepspeed-pipeline"
 
 # %%
@@ -64,7 +64,7 @@ notebook.show_evaluation(RUN)
 # %% [markdown]
 # ## Samples
 #
-# Both models go on from the same beginning, or answer the same question. The reference is what the data set has. The
+# Both models continue the same text, or answer the same question. The reference is what the dataset has. The
 # base of `smoke.yaml` has random weights and writes nonsense.
 
 # %%

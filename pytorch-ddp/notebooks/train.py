@@ -71,7 +71,7 @@ notebook.use_secrets("HF_TOKEN")
 # ## Train
 #
 # One process for each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); where an
-# earlier session's output is attached as input, it goes on from there. The output is the script's own; where it fails,
+# earlier session's output is attached as input, it resumes from there. The output is the script's own; where it fails,
 # the cell fails.
 
 # %%
