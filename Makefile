@@ -73,7 +73,7 @@ test-fast: .venv/ready ## what needs no launcher: a minute
 .PHONY: lint
 lint: .venv/ready ## ruff, types, shell scripts, spelling, links; whether tables, plots and notebooks are up to date
 	@. .venv/bin/activate
-	# One check per line: if one of `a && b` fails before the last, the shell goes on with the next line.
+	# One check per line: if one of `a && b` fails before the last, the shell continues with the next line.
 	ruff check .
 	ruff format --check .
 	mypy

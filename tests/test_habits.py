@@ -26,7 +26,7 @@ def known_targets() -> set[str]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_calls_the_makefile_with_few_rights_and_an_end(path):
+def test_a_workflow_calls_the_makefile_with_read_access_and_a_timeout(path):
     workflow = yaml.safe_load(path.read_text())
     assert workflow["permissions"] == {"contents": "read"}
     (job,) = workflow["jobs"].values()
