@@ -24,7 +24,7 @@ import pytest
 from conftest import REPOSITORY
 
 from bench import shares
-from launchers.deepspeed_launcher import free_port
+from common.launched import free_port
 
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
 SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.train_rows=400", "data.eval_rows=16"]
