@@ -87,6 +87,7 @@ def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as for a cluster of one machine
         "RAY_worker_niceness": "0",  # Ray's default of 15 leaves its workers nothing beside other tests
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # as launch.sh sets it: one zygote serves runs with and without a launcher
     }
