@@ -245,8 +245,11 @@ def draw(results: Path) -> None:
     precisions = list(dict.fromkeys(r["precision"] for r in records))
     figure = Figure(figsize=(5 * len(tasks), 3.6 * len(precisions)), dpi=120, layout="constrained")
     panels = figure.subplots(len(precisions), len(tasks), squeeze=False)
+    for axes in panels.flat:
+        axes.set_visible(False)  # unless there is a record for it
     for record in records:
         axes = panels[precisions.index(record["precision"])][tasks.index(record["task"])]
+        axes.set_visible(True)
         style_axes(axes, f"{record['task']}, {record['precision']}", "training loss, smoothed")
         plain = [smoothed(run["losses"]) for run in record["plain"].values() if run.get("losses")]
         if plain:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from launchers.deepspeed_launcher import free_port
+from common.launched import free_port
 from launchers.gpu_share import share_variables
 
 RAY = {"RAY_AUTH_MODE": "disabled"}  # no token of ours in the home folder

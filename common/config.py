@@ -158,6 +158,8 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
     launcher has set in the environment (`launched.settle`). With `--check`, ends the process after the check. Raises
     `UserError` for a missing or broken file, an unknown key, a wrong type, a bad value, a contradiction.
     """
+    if sys.flags.optimize > 1:
+        raise UserError("Python runs with -OO, without the docstrings that transformers reads: unset PYTHONOPTIMIZE=2")
     folder = Path(script).resolve().parent
     parser = argparse.ArgumentParser(
         prog=f"{folder.name}/{Path(script).name}",

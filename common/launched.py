@@ -6,7 +6,9 @@ starts. Shells, schedulers and other programs leave some of these behind, or emp
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 
 from common.errors import UserError
@@ -59,6 +61,19 @@ def forget() -> None:
     else:
         _check_alone()
     _drop(*({*ALL, *OTHERS} - {*ours}))
+
+
+def free_port() -> int:
+    """A TCP port on which nothing listens.
+
+    Below the range that outgoing connections take theirs from: rank 0 listens on it only after seconds of imports, and
+    another run's connections would have that long to take it.
+    """
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError("this machine has no free port from 20000 to 32767, which the ranks need to find each other")
 
 
 def _by_a_launcher() -> bool:

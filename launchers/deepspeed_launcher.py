@@ -12,7 +12,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -42,7 +41,7 @@ def launcher_options(processes: int) -> list[str]:
         f"--world_info={base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()}",
         f"--node_rank={os.environ['NODE_RANK'] if nodes else 0}",
         f"--master_addr={os.environ['MASTER_ADDR'] if nodes else '127.0.0.1'}",
-        f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else free_port()}",
+        f"--master_port={os.environ.get('MASTER_PORT', 29500) if nodes else launched.free_port()}",
     ]
 
 
@@ -103,13 +102,6 @@ def run(command: list[str]) -> int:
     if code > 192:  # DeepSpeed's launcher reports a rank's death by signal 9 as -9, which is 247
         return 128 + 256 - code
     return code if code >= 0 else 128 - code
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> int:

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 environment=.venv-foundry requirements=llm-foundry-finetune/requirements.txt
-is_ready() { [[ $environment/ready -nt $requirements && $environment/ready -nt llm-foundry-finetune/build_environment.sh ]]; }
+built_from=$(cat "$requirements" llm-foundry-finetune/build_environment.sh | sha256sum)
+is_ready() { [[ -f $environment/ready && $(<"$environment/ready") == "$built_from" ]]; }
 if is_ready; then exit 0; fi
 mkdir -p "$environment"
 exec 9>"$environment/lock"
@@ -50,4 +51,4 @@ if ! wait $build; then
 fi
 # `common` is found by whatever is started with this environment's Python, not by launch.sh alone.
 echo "$PWD" >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/repository.pth"
-touch "$environment/ready"
+echo "$built_from" >"$environment/ready"

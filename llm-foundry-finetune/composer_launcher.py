@@ -51,6 +51,7 @@ def main() -> None:
         if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup sets it
             signal.signal(number, stop)
     launcher.CLEANUP_TIMEOUT = PATIENCE
+    launcher.get_free_tcp_port = launched.free_port
     launcher._print_process_exit_status = print_failure
     launcher.print = lambda *words: None  # "Waiting up to 300 seconds ..."
     launcher.log.disabled = True

@@ -50,6 +50,8 @@ def ray_cluster() -> Iterator[dict[str, float]]:
         if address:
             _join(address, options)
         else:
+            # A process that asks whether the provider takes machines back; this one is not rented from the cluster.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # In a folder of its own: Ray's "latest session" may be another run's. Not in $TMPDIR: a socket's path has
             # at most 107 characters.
             folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))

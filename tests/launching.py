@@ -24,7 +24,7 @@ import pytest
 from conftest import REPOSITORY
 
 from bench import shares
-from launchers.deepspeed_launcher import free_port
+from common.launched import free_port
 
 # Enough to be seen, quick enough to be run often. Prompt-masked rows: their target counts differ between ranks.
 SMOKE = ["tracking.backend=none", "eval.every=0", "checkpoint.every=0", "data.train_rows=400", "data.eval_rows=16"]
@@ -87,6 +87,7 @@ def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as for a cluster of one machine
         "RAY_worker_niceness": "0",  # Ray's default of 15 leaves its workers nothing beside other tests
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # as launch.sh sets it: one zygote serves runs with and without a launcher
     }

@@ -4,6 +4,7 @@ import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -566,3 +567,18 @@ def test_launch_sh_reports_a_wrong_key_once_and_starts_nothing():
         done = subprocess.run(command, env=environment(cold=True, NPROC_PER_NODE="2"), capture_output=True, text=True)
         assert done.returncode == 2
         assert "did you mean train.learning_rate?" in error_line(done.stdout + done.stderr)
+
+
+def test_python_without_docstrings_is_refused():
+    command = [sys.executable, "-OO", "pytorch-ddp/train.py", "--config", "smoke.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(cold=True), capture_output=True, text=True)
+    assert done.returncode == 2 and "PYTHONOPTIMIZE" in error_line(done.stdout + done.stderr)
+
+
+def test_the_ranks_port_is_none_that_an_outgoing_connection_may_take():
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {launched.free_port() for _ in range(50)}
+    assert len(ports) > 40 and max(ports) < lowest
+    with socket.socket() as taken:
+        taken.bind(("", min(ports)))
+        assert min(ports) not in {launched.free_port() for _ in range(50)}

@@ -19,8 +19,8 @@ from conftest import refused
 from wandb_log import config, history, read_wandb
 
 from common.config import BaseConfig
+from common.launched import free_port
 from common.tracking import Tracker, check_tracker, log_results
-from launchers.deepspeed_launcher import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONG = "x" * 20_000

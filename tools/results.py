@@ -620,10 +620,10 @@ def hardware(results: Path) -> str:
     return table(records, columns, caption)
 
 
-def kaggle_badge(folder: Path) -> str:
-    """A badge that opens pytorch-ddp's training on Kaggle, from the repository whose address is in pyproject.toml."""
+def kaggle_badge(folder: Path, project: str) -> str:
+    """A badge that opens the project's training on Kaggle, from the repository whose address is in pyproject.toml."""
     settings = tomllib.loads((folder.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    notebook = f"{settings['project']['urls']['Repository']}/blob/main/pytorch-ddp/notebooks/train.ipynb"
+    notebook = f"{settings['project']['urls']['Repository']}/blob/main/{project}/notebooks/train.ipynb"
     image = "https://kaggle.com/static/images/open-in-kaggle.svg"
     return f"[![Open in Kaggle]({image})](https://kaggle.com/kernels/welcome?src={notebook})"
 
@@ -642,7 +642,7 @@ OFFLOAD_CASES = ("512-micro-4", "512-micro-16", "512-micro-32", "1024-micro-16",
 
 BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which records of results/PROJECT/
     "hardware": (hardware,),
-    "kaggle badge": (kaggle_badge,),
+    **{f"kaggle {project}": (kaggle_badge, project) for project in HARDWARE},
     "real losses": (real_losses,),
     "real closeness": (real_closeness,),
     "real answers": (real_answers,),
