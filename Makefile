@@ -78,7 +78,7 @@ lint: .venv/ready ## ruff, types, shell scripts, spelling, links; whether tables
 	ruff format --check .
 	mypy
 	shellcheck */*.sh
-	codespell
+	git ls-files -z | xargs -0 codespell
 	python -m tools.links
 	python -m tools.results --check
 	python -m tools.figures --check
