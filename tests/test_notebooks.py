@@ -21,7 +21,7 @@ from launching import UNDER_RAY, environment, metrics
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import notebook, notebook_files, notebook_record
+from tools import kaggle, notebook, notebook_files, notebook_record
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
 PROJECTS = sorted({path.parent.parent.name for path in SOURCES})
@@ -216,6 +216,13 @@ def alone(kind: str, folder: Path) -> Path:
     return folder / f"{kind}.py"
 
 
+def packed(kind: str, folder: Path) -> None:
+    """The notebook with its code in it, as `make kaggle` writes it, in the form that a recording takes."""
+    kaggle.write(REPOSITORY, folder, ["pytorch-ddp"], "somebody")
+    notebook = nbformat.read(folder / f"pytorch-ddp-{kind}/pytorch-ddp-{kind}.ipynb", 4)
+    jupytext.write(notebook, folder / f"{kind}.py", fmt="py:percent")
+
+
 def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
     command = [*before, sys.executable, "-m", "tools.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
@@ -243,24 +250,26 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
 
 @pytest.mark.slow
 def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third(tmp_path):
-    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and nothing else."""
+    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and nothing else.
+
+    The notebooks carry their code: there is neither a repository nor one to fetch."""
     if subprocess.run([*NAMESPACE, "true"]).returncode:
         pytest.skip("this machine permits no mounts of one's own")
 
     def session(number: int, kind: str, *settings: str) -> tuple[str, Path, Path]:
-        kaggle = tmp_path / f"session-{number}"
-        (kaggle / "input").mkdir(parents=True)
+        kaggle_root = tmp_path / f"session-{number}"
+        (kaggle_root / "input").mkdir(parents=True)
         if number > 1:
-            (tmp_path / f"session-{number - 1}/working").rename(kaggle / "input/earlier")
-        alone(kind, kaggle / "working")
+            (tmp_path / f"session-{number - 1}/working").rename(kaggle_root / "input/earlier")
+        packed(kind, kaggle_root / "working")
         root = tmp_path / "root"
         root.mkdir(exist_ok=True)
-        before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle)]
+        before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle_root)]
         done = record(f"/kaggle/working/{kind}.py", *SMALL, "train.max_steps=4", *settings, before=before)
         assert done.returncode == 0, done
-        assert (kaggle / "temp/multi-gpu-fine-tuning/tools/notebook.py").is_file()
-        output = shown(nbformat.read(kaggle / f"working/{kind}.ipynb", 4))
-        return output, kaggle / "working/pytorch-ddp", kaggle / "temp/runs/pytorch-ddp"
+        assert (kaggle_root / "temp/multi-gpu-fine-tuning/tools/notebook.py").is_file()
+        output = shown(nbformat.read(kaggle_root / f"working/{kind}.ipynb", 4))
+        return output, kaggle_root / "working/pytorch-ddp", kaggle_root / "temp/runs/pytorch-ddp"
 
     output, kept, _ = session(1, "train", "runtime.max_hours=1e-6")  # over after its first step
     assert "attach its output as input" in output and "in /kaggle/working/pytorch-ddp" in output

@@ -13,23 +13,34 @@
 # next token, token accuracy how often its first choice is right, and bits per byte the same as the loss, comparable
 # between tokenizers. All GPUs work; the figures do not depend on their number.
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
+# Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 CODE = "https://github.com/OWNER/multi-gpu-fine-tuning"
 REVISION = "main"
-folders = (Path.cwd(), *Path.cwd().parents)
+scratch = Path("/kaggle/temp" if Path("/kaggle").is_dir() else ".", "multi-gpu-fine-tuning").resolve()
+folders = (Path.cwd(), *Path.cwd().parents, scratch)
 here = next((folder for folder in folders if (folder / "tools/notebook.py").is_file()), None)
-if here is None:  # not opened in the repository: fetch it
-    scratch = "/kaggle/temp" if Path("/kaggle").is_dir() else "."  # not among what Kaggle keeps
-    here = Path(scratch, "multi-gpu-fine-tuning").resolve()
-    subprocess.run(["git", "init", "--quiet", here], check=True)
-    subprocess.run(["git", "-C", here, "fetch", "--quiet", "--depth=1", CODE, REVISION], check=True)
-    subprocess.run(["git", "-C", here, "checkout", "--quiet", "FETCH_HEAD"], check=True)
+attached = next(Path("/kaggle").glob("input/**/tools/notebook.py"), None)
+if here is None and attached:
+    here = shutil.copytree(attached.parent.parent, scratch)
+    subprocess.run(["chmod", "-R", "u+rwX,+x", here], check=True)  # datasets lose the right to execute
+elif here is None:
+    (here := scratch).mkdir(parents=True)
+    for command in (["init"], ["fetch", "--depth=1", CODE, REVISION], ["checkout", "FETCH_HEAD"]):
+        if not shutil.which("git") or subprocess.run(["git", "-C", here, *command, "--quiet"]).returncode:
+            shutil.rmtree(here)
+            sys.exit(
+                "No code here: import what `make kaggle` writes, attach a dataset with the repository, or set CODE"
+            )
 sys.path.insert(0, str(here))
+print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
+# %%
 from tools import notebook
 
 notebook.install("deepspeed")

@@ -1,0 +1,88 @@
+"""Notebooks that carry their code: what is packed is what the project needs, and runs without the repository."""
+
+import json
+import os
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, refused
+from launching import environment, error_line
+
+from tools import kaggle
+
+PROJECTS = sorted(path.parent.name for path in REPOSITORY.glob("*/launch.sh"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kaggle")
+    kaggle.write(REPOSITORY, folder, [], "somebody")
+    return folder
+
+
+def code_cells(path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def run_cell(code: str, folder) -> subprocess.CompletedProcess:
+    """Run `code` in `folder` with nothing of the repository on the path."""
+    return subprocess.run([sys.executable, "-I", "-"], input=code, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_packed_notebook_is_small_and_kaggle_takes_its_folder(packed, project, kind):
+    folder = packed / f"{project}-{kind}"
+    metadata = json.loads((folder / "kernel-metadata.json").read_text())
+    notebook = folder / metadata["code_file"]
+    assert notebook.stat().st_size < 300_000
+    assert metadata["id"] == f"somebody/{project}-{kind}" and metadata["machine_shape"] == "NvidiaTeslaT4"
+    assert metadata["kernel_sources"] == ([f"somebody/{project}-train"] if kind == "eval" else [])
+    nbformat.validate(nbformat.read(notebook, 4))
+    first, second, *_ = cells = code_cells(notebook)
+    assert first.metadata["_kg_hide-input"] and second.metadata["_kg_hide-input"] and "CODE = " in second.source
+    assert nbformat.read(notebook, 4).cells[0].cell_type == "markdown"  # the title is seen first
+    assert not any(cell.outputs for cell in cells)
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_what_is_packed_is_found_by_the_next_cell_and_runs_alone(packed, project, tmp_path):
+    cells = code_cells(packed / f"{project}-train" / f"{project}-train.ipynb")
+    script = "\n".join([cells[0].source, cells[1].source])
+    done = run_cell(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = tmp_path / "multi-gpu-fine-tuning"
+    assert "SHA-256" in done.stdout and f"The code is in {code}" in done.stdout
+    assert os.access(code / project / "launch.sh", os.X_OK) and not (code / ".git").exists()
+    variables = environment(cold=True, PYTHONPATH=f"{code / project}:{code}")
+    command = [sys.executable, "train.py", "--config", "smoke.yaml", "train.lerning_rate=1"]
+    refused_run = subprocess.run(command, cwd=code / project, env=variables, capture_output=True, text=True)
+    assert "did you mean train.learning_rate" in error_line(refused_run.stderr)
+    show = f"from tools import results; print(len(results.tables({project!r}, results.REPOSITORY / 'results')))"
+    shown = subprocess.run([sys.executable, "-c", show], cwd=code, env=variables, capture_output=True, text=True)
+    assert int(shown.stdout) > 0, shown.stderr
+
+
+def test_the_same_files_are_packed_alike_and_damage_is_noticed(packed, tmp_path):
+    assert kaggle.pack(REPOSITORY, "pytorch-ddp") == kaggle.pack(REPOSITORY, "pytorch-ddp")
+    code = code_cells(packed / "pytorch-ddp-train/pytorch-ddp-train.ipynb")[0].source
+    at = code.index('PACKED = """') + 2000
+    damaged = code[:at] + ("A" if code[at] != "A" else "B") + code[at + 1 :]
+    done = run_cell(damaged, tmp_path)
+    assert done.returncode and "import the notebook again" in done.stderr and not [*tmp_path.iterdir()]
+
+
+def test_without_any_code_one_line_says_the_three_ways_out(packed, tmp_path):
+    cell = code_cells(packed / "pytorch-ddp-train/pytorch-ddp-train.ipynb")[1].source
+    cell = cell.replace('CODE = "https://', 'CODE = "/nowhere/')
+    done = run_cell(cell, tmp_path)
+    assert done.returncode and not [*tmp_path.iterdir()]
+    line = done.stderr.splitlines()[-1]
+    assert "make kaggle" in line and "attach a dataset" in line and "set CODE" in line
+
+
+def test_an_unknown_project_is_refused(tmp_path):
+    with refused("pytorch-dpd", "pytorch-ddp"):
+        kaggle.write(REPOSITORY, tmp_path, ["pytorch-dpd"], "somebody")
