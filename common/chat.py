@@ -54,7 +54,7 @@ def _span(tokenizer, messages: list[dict], turn: int, text: str, template: str) 
 
 
 def _generation_prompt(tokenizer, earlier: list[dict], so_far: str, template: str) -> int | None:
-    """The length of what a model is given to write the turn that `so_far` ends with; None where there is no telling."""
+    """The length of what a model is given to write the turn that `so_far` ends with; None if that cannot be known."""
     if not earlier:
         return None  # nobody asks a model to open a conversation
     try:

@@ -83,7 +83,7 @@ class Checkpoints:
         """The (step, folder) to resume from for `checkpoint.resume`, or None to start from scratch.
 
         `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` where all are damaged, for
-        a path that is no whole checkpoint, and for a checkpoint of another model or other data.
+        a path that is not a complete checkpoint, and for a checkpoint of another model or other data.
         """
         found = self._find(resume)
         self._went_on_from = found[0] if found and found[1].parent.resolve() == self.root.resolve() else 0

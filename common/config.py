@@ -127,7 +127,7 @@ class RuntimeConfig:
 
     gpu_memory_limit_gib: float = key(0.0, "let each process use at most this much GPU memory; 0: all of it", minimum=0)
     max_hours: float = key(0.0, "save and stop cleanly after this many hours; 0: no limit", minimum=0)
-    timeout_minutes: float = key(10.0, "end the run when a rank has not answered for so long", minimum=0.1)
+    timeout_minutes: float = key(10.0, "end the run if a rank has not answered for this long", minimum=0.1)
     allow_cpu: bool = key(True, "train on a CPU if there is no GPU; false: refuse, unless the model is a tiny: one")
 
 
@@ -332,7 +332,7 @@ def _refuse_unknown_keys(source: str, values: Any, known: dict[str, dataclasses.
                 dotted += f".{name}"
             near = difflib.get_close_matches(dotted, [*known, *sections], n=1, cutoff=0.6)
             if str(name).lower().endswith(("token", "api_key")) and not any("token" in k for k in near):
-                raise UserError(f"{source}: {dotted}: a secret is no setting; put it in HF_TOKEN or WANDB_API_KEY")
+                raise UserError(f"{source}: {dotted}: a secret is not a setting; put it in HF_TOKEN or WANDB_API_KEY")
             same_leaf = [k for k in known if k.split(".")[-1] == str(name)]
             near = difflib.get_close_matches(dotted, same_leaf, n=1, cutoff=0) or near
             hint = f"; did you mean {near[0]}?" if near else " (see --help for all keys)"

@@ -218,7 +218,7 @@ def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
 class TokenizedRows(Dataset):
     """Token sequences in two flat arrays; `rows[i]` is {"input_ids": int64 [length], "labels": int64 [length]}.
 
-    A label is the token itself, or `IGNORE` where the token is no target. Labels are not shifted.
+    A label is the token itself, or `IGNORE` if the token is not a target. Labels are not shifted.
     """
 
     tokens: np.ndarray  # int32 [all tokens]
@@ -546,7 +546,7 @@ def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int
 
 
 def _conversation(messages: Any, data: DataConfig, tokenizer, where: str = "") -> tuple[str, list, bool]:
-    """See `assistant_spans`. Raises `UserError` for what is no conversation with an assistant in it."""
+    """See `assistant_spans`. Raises `UserError` for anything but a conversation with an assistant in it."""
     where = f"data.name={data.name}: {where}column {data.messages_column}"
     _check_messages(messages, where, tokenizer)
     # A row that lacks a key has it as null where others have it, and a template would print that.

@@ -30,7 +30,7 @@ class JsonLines:
                 raise
 
     def read(self) -> list[dict]:
-        """All records in the order in which they were written; none where there is no such file.
+        """All records in the order in which they were written; none if there is no such file.
 
         A torn line is passed over: a killed run can leave one at the end.
         """

@@ -27,7 +27,7 @@ from torch.utils._triton import has_triton
 from common.errors import UserError
 from common.small_model import small_copies, transformers_class
 
-IGNORE = -100  # the label of a token that is no target, as in PyTorch and transformers
+IGNORE = -100  # the label of a token that is not a target, as in PyTorch and transformers
 CHUNK_LOGITS = 2**29  # logits a chunk holds at most: 1 GiB in bf16
 FEWEST_CHUNKS = 8  # so that a small batch, too, needs a fraction of the memory
 # In tokens. Each chunk reads and writes the whole gradient of the head: for Llama-3.2-1B 2 GB, 7 ms at a T4's 300 GB/s.
@@ -137,8 +137,8 @@ def _agreeing_losses(small: nn.Module) -> Callable[..., Tensor]:
     other_ids[:, :8] = ids[:, :8]
     if not _near(losses(small, ids, labels), losses(small, other_ids, labels), 1e-5):
         raise UserError(
-            f"model.name: {_class_name(small)} predicts a token from those after it, as it is configured: it is no "
-            f"causal language model (is_decoder=true in its config.json?); choose another model"
+            f"model.name: {_class_name(small)} predicts a token from those after it, as it is configured: it is not "
+            f"a causal language model (is_decoder=true in its config.json?); choose another model"
         )
     return losses
 

@@ -142,7 +142,7 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
             check_model_folder(model.name, with_weights=False)
             raise explain_hub_error(error, "model", model.name) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"model.name={model.name}: a {config.model_type} model is no causal language model")
+        raise UserError(f"model.name={model.name}: a {config.model_type} model is not a causal language model")
     # Not what config.json may ask for: flash attention may be missing here, and others than SDPA attend to later tokens
     # where they get no mask, as in a pipeline. None: SDPA, or the plain implementation of a family that has no SDPA.
     config._attn_implementation = None

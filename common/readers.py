@@ -108,7 +108,7 @@ def _cells(file: BinaryIO, delimiter: str) -> Iterator[Row]:
         header = next(filter(None, reader), [])
         if twice := [name for name in header if header.count(name) > 1]:
             raise Unreadable(f"its first line names the column {twice[0]!r} twice")
-        for number, cells in enumerate(filter(None, reader), 1):  # a blank line is no row
+        for number, cells in enumerate(filter(None, reader), 1):  # a blank line is not a row
             if len(cells) != len(header):
                 raise Unreadable(f"line {reader.line_num} has {len(cells)} cells, and the first line {len(header)}")
             yield number, dict(zip(header, cells, strict=True))

@@ -13,12 +13,12 @@ MISSING = "–"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The records of `metrics.jsonl`; none where there is no such file."""
+    """The records of `metrics.jsonl`; none if there is no such file."""
     return JsonLines(Path(run_dir) / "metrics.jsonl").read()
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's content, empty where there is no such file. Raises `UserError` where it is damaged."""
+    """A JSON file's content, empty if there is no such file. Raises `UserError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:

@@ -220,7 +220,7 @@ def _own_cgroups(root: Path) -> dict[str, str]:
 
 
 def _left(limit: Path, used: Path, statistics: Path, cache: str) -> float | None:
-    """None where there is no limit (version 2 says `max`, version 1 a number near 2^63)."""
+    """None if there is no limit (version 2 says `max`, version 1 a number near 2^63)."""
     try:
         most = int(limit.read_text())
         stat = dict(line.split() for line in statistics.read_text().splitlines())

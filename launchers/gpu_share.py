@@ -37,7 +37,7 @@ def share_variables(environment: Mapping[str, str]) -> dict[str, str]:
         **({"NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
     }
     return {name: value for name, value in defaults.items() if name not in environment} | {
-        "GPU_SHARE": f"1/{shares} of GPU {gpu}",  # says what is missing, where there is no such GPU
+        "GPU_SHARE": f"1/{shares} of GPU {gpu}",  # says what is missing, if there is no such GPU
         "CUDA_VISIBLE_DEVICES": (visible[gpu] if gpu < len(visible) else "") if visible else str(gpu),
         "NCCL_HOSTID": f"{platform.node()}-{local_rank}",
         "LOCAL_RANK": "0",

@@ -94,9 +94,9 @@ def _typed(cfg: BaseConfig, name: str, value: Any, where: str) -> Any:
     try:
         typed = kind(value)  # also of a text: YAML takes 5e-6, without a point, for one
     except (TypeError, ValueError):
-        raise UserError(f"{where}: {value!r} is no {kind.__name__}") from None
+        raise UserError(f"{where}: {value!r} is not a {kind.__name__}") from None
     if isinstance(value, bool) or (kind is int and typed != value) or (kind is str and not isinstance(value, str)):
-        raise UserError(f"{where}: {value!r} is no {kind.__name__}")
+        raise UserError(f"{where}: {value!r} is not a {kind.__name__}")
     choices, minimum = field.metadata["choices"], field.metadata["minimum"]
     if kind is float and not math.isfinite(typed):
         raise UserError(f"{where}: {value} is not a number that can be drawn")

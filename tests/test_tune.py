@@ -555,7 +555,7 @@ MISTAKES = {
     "fractions": (["search.space={warmup_steps: {uniform: [0, 9]}}"], "", ["search.space.warmup_steps", "choice"]),
     "endless": (["search.space={weight_decay: {uniform: [0, .inf]}}"], "", ["search.space.weight_decay", "inf"]),
     "too small": (["search.space={weight_decay: {uniform: [-1, 1]}}"], "", ["search.space.weight_decay", "least is 0"]),
-    "not a number": (["search.space={weight_decay: {choice: [much]}}"], "", ["weight_decay", "'much' is no float"]),
+    "not a number": (["search.space={weight_decay: {choice: [much]}}"], "", ["weight_decay", "'much' is not a float"]),
     "micro-batch": (["search.space={micro_batch_size: {choice: [8, 3]}}"], "", ["micro_batch_size: 3 does not divide"]),
     "default outside": (
         ["search.space={learning_rate: {choice: [0.5]}}"], "", ["train.learning_rate=0.001", "first trial"],
