@@ -148,7 +148,7 @@ def test_the_saved_config_loads_again_to_the_same_config(tmp_path, load, value):
         ("train.precision=", ["train.precision=", "auto, fp32, fp16, bf16"]),
         ("hub.token=hf_abc", ["hub.token", "HF_TOKEN"]),
         ("tracking.wandb_api_key=abc", ["tracking.wandb_api_key", "WANDB_API_KEY"]),
-        ("HF_TOKEN=hf_abc", ["HF_TOKEN", "no setting"]),
+        ("HF_TOKEN=hf_abc", ["HF_TOKEN", "not a setting"]),
         ("train.max_steps", ["'train.max_steps'", "key=value"]),
         ("=3", ["'=3'", "key=value"]),
         ("train..max_steps=3", ["train.", "unknown key"]),

@@ -242,7 +242,7 @@ def test_a_model_that_cannot_be_had_is_refused(tmp_path):
     (tmp_path / "vision" / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": 8}))
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "config.json").write_text(json.dumps({"model_type": "not-a-model"}))
-    with refused("model.name=", "vit", "no causal language model"):
+    with refused("model.name=", "vit", "not a causal language model"):
         load_model_config(ModelConfig(str(tmp_path / "vision")))
     for folder in ("empty", "unknown"):
         for load in (load_model_config, load_model):
