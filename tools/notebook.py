@@ -239,6 +239,16 @@ def show_figure(path: str) -> None:
     display(SVG(data=drawing.replace(f'width="{width}" height="{height}"', smaller, 1)))
 
 
+def show_code(*places: str) -> None:
+    """Code of the repository, each place a file and a function of it, or a file and a key of a YAML file."""
+    from IPython.display import Markdown, display
+
+    from tools.results import code_block
+
+    for place in places:
+        display(Markdown(code_block(place, REPOSITORY)))
+
+
 def show_versions(run: Path) -> None:
     """Those that trained, where the project has an environment of its own."""
     environment = json.loads((run / "environment.json").read_text())

@@ -24,9 +24,10 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
-from tools.results import tables
+from tools.results import code_block, tables
 
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
+SHOWN_CODE = re.compile(r"^notebook\.show_code\((.*)\)$", re.DOTALL)
 CITED = re.compile(r'^repository-code: ".*"$', re.MULTILINE)
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
@@ -58,14 +59,22 @@ def notebook(text: str, old: str | None) -> str:
         cell.id = f"cell-{number}"  # not a random one: equal sources make equal files
         if cell.cell_type == "code" and (known := outputs.get(_without_origin(cell.source))):
             cell.outputs, cell.execution_count = known.outputs, known.execution_count
-            shown = MEASURED.match(cell.source) if cell.outputs else None
-            if shown and (found := tables(shown[1], REPOSITORY / "results")):
+            if cell.outputs and (found := _from_files(cell.source)):
                 cell.outputs = [
-                    nbformat.v4.new_output("display_data", {"text/markdown": table, "text/plain": "a table"})
-                    for table in found
+                    nbformat.v4.new_output("display_data", {"text/markdown": text, "text/plain": "a table or code"})
+                    for text in found
                 ]
     made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
     return nbformat.writes(made, version=4) + "\n"
+
+
+def _from_files(code: str) -> list[str]:
+    """What the cell shows of results/ and of the code, in Markdown: always as the files are now."""
+    if measured := MEASURED.match(code):
+        return tables(measured[1], REPOSITORY / "results")
+    if shown := SHOWN_CODE.match(code):
+        return [code_block(place, REPOSITORY) for place in re.findall('"(.*?)"', shown[1])]
+    return []
 
 
 def _without_origin(code: str) -> str:

@@ -728,6 +728,12 @@ def excerpt(what: str, repository: Path) -> str:
     return textwrap.dedent("\n".join(code))
 
 
+def code_block(what: str, repository: Path) -> str:
+    """The code that `what` names, as Markdown, under the file's name."""
+    file = what.partition(" ")[0]
+    return f"`{file}`\n\n```{'yaml' if is_yaml(file) else 'python'}\n{excerpt(what, repository)}\n```"
+
+
 def is_yaml(file: str) -> bool:
     """Whether the name is that of a YAML file, of which a top-level key is shown, not a function."""
     return file.endswith((".yaml", ".yml"))

@@ -57,6 +57,9 @@ notebook.check_machine(1)
 # %%
 notebook.show_figure("deepspeed-offload/offload.svg")
 
+# %%
+notebook.show_code("deepspeed-offload/train.py build_model", "deepspeed-offload/train.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #

@@ -59,6 +59,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("deepspeed-pipeline/pipeline.svg")
 
+# %%
+notebook.show_code("deepspeed-pipeline/train.py build_model", "deepspeed-pipeline/train.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #

@@ -57,6 +57,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("llm-foundry-finetune/foundry.svg")
 
+# %%
+notebook.show_code("llm-foundry-finetune/foundry.yaml model", "llm-foundry-finetune/foundry.yaml fsdp_config")
+
 # %% [markdown]
 # ## Parameters
 #

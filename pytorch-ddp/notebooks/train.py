@@ -57,6 +57,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("pytorch-ddp/ddp.svg")
 
+# %%
+notebook.show_code("pytorch-ddp/train.py build_model", "pytorch-ddp/train.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #

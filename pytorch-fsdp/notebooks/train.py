@@ -56,6 +56,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("pytorch-fsdp/fsdp.svg")
 
+# %%
+notebook.show_code("pytorch-fsdp/train.py build_model", "pytorch-fsdp/train.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #

@@ -58,6 +58,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("ray-train/ray.svg")
 
+# %%
+notebook.show_code("ray-train/train.py build_model", "ray-train/train.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #

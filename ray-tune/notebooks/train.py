@@ -57,6 +57,9 @@ notebook.check_machine()
 # %%
 notebook.show_figure("ray-tune/asha.svg")
 
+# %%
+notebook.show_code("ray-tune/train.py run_trials", "ray-tune/trial.py train_step")
+
 # %% [markdown]
 # ## Parameters
 #
