@@ -103,9 +103,7 @@ def test_the_outputs_are_those_of_a_whole_run_and_name_nothing_of_its_machine(pa
     texts = [text for cell in code for output in cell.outputs for text in texts_of(output)]
     for wanted in ("torch  ", "GPU  ", "Python  ", notebook_record.SHOWN):
         assert any(wanted in text for text in texts), wanted
-    own = [
-        cell for cell in code if not cell.source.startswith("notebook.show_code(")
-    ]  # that is from the files
+    own = [cell for cell in code if not cell.source.startswith("notebook.show_code(")]  # that is from the files
     for text in (text for cell in own for output in cell.outputs for text in texts_of(output)):
         assert not re.search(r"(?<![\w.:/<])/(?!dev/)\w[\w.-]*/|\bhf_\w{9}|[Tt]raceback|[Ww]arning", text), text
         assert len(text.splitlines()) <= 100 and len(notebook.BAR.findall(text)) <= 1, text
