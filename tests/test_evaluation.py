@@ -362,11 +362,11 @@ def test_an_evaluation_says_what_model_and_data_the_training_had(tmp_path, monke
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A project folder with the real eval.py, beside a train.py that only has the settings."""
+    """A project folder with the real eval.py, with settings of its own."""
     folder = tmp_path_factory.mktemp("projects") / "pytorch-ddp"
     folder.mkdir()
     shutil.copy(REPOSITORY / "pytorch-ddp" / "eval.py", folder)
-    (folder / "train.py").write_text('from common.config import BaseConfig as Config\n\nPROJECT = "pytorch-ddp"\n')
+    (folder / "settings.py").write_text('from common.config import BaseConfig as Config\n\nPROJECT = "pytorch-ddp"\n')
     (folder / "config.yaml").write_text("data: {eval_rows: 37}\neval: {batch_size: 4, generate_rows: 9, samples: 9}\n")
     return folder
 
