@@ -475,7 +475,7 @@ def test_the_data_can_be_written_by_hand(tmp_path):
 def a_repository(folder, requirements: str):
     """build_environment.sh where it builds another, small environment."""
     (folder / PROJECT).mkdir(parents=True)
-    (folder / "common").mkdir()
+    (folder / "launchers").mkdir()
     for script in (f"{PROJECT}/build_environment.sh", "launchers/new_environment.sh"):
         shutil.copy(REPOSITORY / script, folder / script)
     (folder / PROJECT / "requirements.txt").write_text(requirements)
