@@ -437,6 +437,9 @@ def test_asha_compares_with_earlier_trials_whenever_they_report(modules):
     assert stops([(curve(5, 4, 3), True), (curve(6), True), (curve(4, 3, 2), True)], [10, 30], 3) == {1: 10}
     # Of three losses at a rung, the best third goes on: 4.5 is above the 33rd percentile of 4 and 5.
     assert stops([(curve(4), True), (curve(4), True), (curve(4.5), True)], [10], 3) == {2: 10}
+    # Of 1, 2, 3 and 4 the best third ends at 2: a loss of 2.5 is among the better half, and not good enough.
+    five = [(curve(loss), True) for loss in (1, 2, 3, 4, 2.5)]
+    assert stops(five, [10], 3) == {1: 10, 2: 10, 3: 10, 4: 10}
     # Not decided before the earlier trial is at the rung, or has ended without coming there.
     assert stops([({}, False), (curve(9), False)], [10], 3) == {}
     assert stops([({}, True), (curve(9), False)], [10], 3) == {}
