@@ -80,7 +80,8 @@ def test_each_check_of_make_lint_is_one_before_a_commit():
     assert not [
         line for line in lines if "&&" in line and not line.startswith("#")
     ]  # `set -e` overlooks all but the last
-    checks = [found[0] for line in lines if (found := re.match(r"python -m [\w.]+|ruff \w+|\w+", line.rpartition(" -0 ")[2]))]
+    commands = [line.rpartition(" -0 ")[2] for line in lines]  # without what hands the files to it
+    checks = [found[0] for line in commands if (found := re.match(r"python -m [\w.]+|ruff \w+|\w+", line))]
     assert len(checks) == 9
     (local,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
     entries = [hook["entry"].removeprefix(".venv/bin/") for hook in local["hooks"]]
