@@ -40,7 +40,7 @@ FAULTS = [
           "return int((labels != IGNORE).sum())", "loss data"),
     Fault("a loss that differs from the model's is trained", "common/loss.py",
           "if _near(loss, own, 1e-4) and all(map(_near, gradients, own_gradients)):", "if True:", "loss"),
-    Fault("schedule one step late after resuming", "common/schedule.py", "first_step - 1", "first_step - 2", "models runtime data ddp checkpoints",
+    Fault("schedule one step late after resuming", "common/schedule.py", "first_step - 1", "first_step - 1 - bool(first_step)", "models runtime data ddp checkpoints",
           "ddp -k killed-at-32"),
     Fault("no warm-up", "common/schedule.py", "warmup, last = cfg.train.warmup_steps,", "warmup, last = 0,", "runtime models data tune",
           "foundry -k two_processes_train_and_evaluate"),
