@@ -9,6 +9,13 @@ from pathlib import Path
 from common.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where what is made once is kept, below HF_HOME (~/.cache/huggingface); it may not be there yet."""
+    from huggingface_hub import constants  # here: the settings are read before any library
+
+    return Path(constants.HF_HOME) / "multi-gpu-fine-tuning"
+
+
 def check_writable(output_dir: str) -> None:
     """Make the folder if it is not there. Raises `UserError` if files cannot be written to it."""
     probe = Path(output_dir) / ".writing-probe"

@@ -17,9 +17,8 @@ import sysconfig
 import uuid
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from common.errors import UserError
+from common.files import cache_folder
 
 MOST_CHARACTERS = 600  # of an answer: a few paragraphs
 SKIPPED = {"__phello__", "antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"}
@@ -42,7 +41,7 @@ def rows() -> list[dict]:
     files = [Path(__file__), *(path for _, path in sources)]
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(json.dumps([sys.version, state]).encode()).hexdigest()[:16]
-    cached = Path(constants.HF_HOME) / "multi-gpu-fine-tuning" / f"pydoc-{digest}.json"
+    cached = cache_folder() / f"pydoc-{digest}.json"
     try:
         found = json.loads(cached.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 
 from common.errors import UserError
+from common.files import cache_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -41,7 +41,7 @@ def folder() -> Path:
     Raises `UserError` if neither the folder nor the file is there, and if the file is damaged.
     """
     # The last figure is that of the conversion: raise it when what `_convert` writes changes.
-    cached = Path(constants.HF_HOME) / "multi-gpu-fine-tuning" / f"{NAME}-{SHA256[:8]}-1"
+    cached = cache_folder() / f"{NAME}-{SHA256[:8]}-1"
     if cached.is_dir():
         return cached
     source = _source()

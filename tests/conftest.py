@@ -15,6 +15,7 @@ import warm_python
 from common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PROJECTS = sorted(path.parent.name for path in REPOSITORY.glob("*/launch.sh"))
 PATIENCE = 15  # seconds
 FAMILIES = ("qwen2", "llama", "opt", "bloom")
 

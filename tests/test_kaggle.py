@@ -7,12 +7,10 @@ import sys
 
 import nbformat
 import pytest
-from conftest import REPOSITORY, refused
+from conftest import PROJECTS, REPOSITORY, refused
 from launching import environment, error_line
 
 from tools import kaggle
-
-PROJECTS = sorted(path.parent.name for path in REPOSITORY.glob("*/launch.sh"))
 
 
 @pytest.fixture(scope="module")

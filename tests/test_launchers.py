@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, refused
+from conftest import PROJECTS, REPOSITORY, refused
 from launching import environment, error_line, project_modules
 
 from common import launched, local_model, ray_address, runtime
 from common.config import BaseConfig, ModelConfig, RuntimeConfig, parse_config
 
-PROJECTS = sorted(path.parent.name for path in REPOSITORY.glob("*/launch.sh"))
 FOUNDRY_PYTHON = REPOSITORY / ".venv-foundry/bin/python"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
 

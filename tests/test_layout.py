@@ -4,10 +4,9 @@ import ast
 from graphlib import TopologicalSorter
 
 import pytest
-from conftest import REPOSITORY
+from conftest import PROJECTS, REPOSITORY
 
 PACKAGES = ("common", "launchers", "tools")
-PROJECTS = sorted(path.parent.name for path in REPOSITORY.glob("*/launch.sh"))
 
 
 def imports(path) -> set[str]:

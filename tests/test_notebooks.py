@@ -109,6 +109,11 @@ def test_the_outputs_are_those_of_a_whole_run_and_name_nothing_of_its_machine(pa
         assert len(text.splitlines()) <= 100 and len(notebook.BAR.findall(text)) <= 1, text
 
 
+def test_all_notebooks_find_the_code_by_the_same_cell():
+    setups = {code for path in SOURCES for code in cells(path.with_suffix(".ipynb")) if "CODE = " in code}
+    assert len(setups) == 1
+
+
 def texts_of(output: nbformat.NotebookNode) -> list[str]:
     """What an output has for a reader, pictures aside."""
     return [output.text] if "text" in output else [v for k, v in output.data.items() if not k.startswith("image/")]

@@ -37,7 +37,7 @@ def print_comparison(run_dirs: list[Path]) -> None:
     """
     columns = ["status", "steps", "held-out loss", "tokens/s", "MFU", "peak GPU", "peak host", "time"]
     groups = comparable(run_dirs)
-    names = {run_dir: label for label, run_dir in labels(run_dirs).items()}
+    names = labels(run_dirs)
     for number, group in enumerate(groups):
         known = [conditions(run_dir) for run_dir in group]
         differing = [key for key in known[0] if len({c[key] for c in known}) > 1]
@@ -99,12 +99,12 @@ def conditions(run_dir: Path) -> dict[str, str]:
     return known
 
 
-def labels(run_dirs: list[Path]) -> dict[str, Path]:
+def labels(run_dirs: list[Path]) -> dict[Path, str]:
     """A short name for each run: its project, with its folder's name where a project has several runs here."""
     projects = [read_summary(p).get("project", p.name) for p in run_dirs]
     names = [p if projects.count(p) == 1 else f"{p}/{d.name}" for p, d in zip(projects, run_dirs, strict=True)]
     unique = len(set(names)) == len(names)
-    return dict(zip(names if unique else map(str, run_dirs), run_dirs, strict=True))
+    return dict(zip(run_dirs, names if unique else map(str, run_dirs), strict=True))
 
 
 def plot_comparison(run_dirs: list[Path]) -> Path:
@@ -113,7 +113,7 @@ def plot_comparison(run_dirs: list[Path]) -> Path:
     A row for each model and data: as in `print_comparison`, only what can be compared shares an axis.
     """
     groups = comparable(run_dirs)
-    names = {run_dir: label for label, run_dir in labels(run_dirs).items()}
+    names = labels(run_dirs)
     figure = Figure(figsize=(12, 4.5 * len(groups)), dpi=120, layout="constrained")
     for group, (losses, speeds) in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
         shared = conditions(group[0])

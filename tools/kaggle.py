@@ -13,7 +13,6 @@ import argparse
 import base64
 import hashlib
 import io
-import json
 import lzma
 import subprocess
 import tarfile
@@ -24,7 +23,8 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
-from tools.notebook_files import kernel_metadata, origin
+from tools.notebook_files import kernel_metadata
+from tools.results import origin
 
 SHARED = ("common", "launchers", "tools", "pyproject.toml", "LICENSE")
 KEPT = {".py", ".sh", ".yaml", ".json", ".toml", ".txt", ".svg", ".md", ""}  # endings; no notebooks, no pictures
@@ -116,8 +116,8 @@ def write(repository: Path, folder: Path, projects: list[str], user: str) -> lis
             place.mkdir(parents=True, exist_ok=True)
             name = f"{project}-{kind}.ipynb"
             (place / name).write_text(packed_notebook(repository, project, kind, content, commit), encoding="utf-8")
-            metadata = json.loads(kernel_metadata(project, kind, user)) | {"code_file": name}
-            (place / "kernel-metadata.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
+            metadata = kernel_metadata(project, kind, user, name)
+            (place / "kernel-metadata.json").write_text(metadata, encoding="utf-8")
             written.append(place)
     return written
 

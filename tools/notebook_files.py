@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tomllib
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import jupytext
 import nbformat
@@ -24,7 +22,7 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
-from tools.results import code_block, tables
+from tools.results import code_block, origin, tables
 
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 SHOWN_CODE = re.compile(r"^notebook\.show_code\((.*)\)$", re.DOTALL)
@@ -82,7 +80,7 @@ def _without_origin(code: str) -> str:
     return PIN.sub("", ADDRESS.sub("", code))
 
 
-def kernel_metadata(project: str, kind: str, owner: str) -> str:
+def kernel_metadata(project: str, kind: str, owner: str, notebook: str) -> str:
     """What `kaggle kernels push` sends: two T4, internet on; the evaluation gets the training's output as input."""
     title = f"{project} {kind}"
     return (
@@ -90,7 +88,7 @@ def kernel_metadata(project: str, kind: str, owner: str) -> str:
             {
                 "id": f"{owner}/{title.replace(' ', '-')}",
                 "title": title,
-                "code_file": f"../{kind}.ipynb",
+                "code_file": notebook,  # seen from the folder of the metadata
                 "language": "python",
                 "kernel_type": "notebook",
                 "is_private": True,
@@ -108,14 +106,6 @@ def kernel_metadata(project: str, kind: str, owner: str) -> str:
     )
 
 
-def origin(repository: Path) -> tuple[str, str]:
-    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
-    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
-    address = settings["project"]["urls"]["Repository"]
-    owner = urlsplit(address).path.strip("/").partition("/")[0]
-    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
-
-
 def update(repository: Path, check: bool, revision: str = "") -> None:
     """Write what changed; with `check`, raise `UserError` if something would change."""
     address, account = origin(repository)
@@ -127,7 +117,11 @@ def update(repository: Path, check: bool, revision: str = "") -> None:
         ipynb, metadata = path.with_suffix(".ipynb"), path.parent / kind / "kernel-metadata.json"
         text = source(path.read_text(encoding="utf-8"), address, revision)
         old = ipynb.read_text(encoding="utf-8") if ipynb.exists() else None
-        files += [(path, text), (ipynb, notebook(text, old)), (metadata, kernel_metadata(project, kind, account))]
+        files += [
+            (path, text),
+            (ipynb, notebook(text, old)),
+            (metadata, kernel_metadata(project, kind, account, f"../{kind}.ipynb")),
+        ]
     stale = [(file, new) for file, new in files if not file.exists() or file.read_text(encoding="utf-8") != new]
     if stale and check:
         names = ", ".join(str(file.relative_to(repository)) for file, _ in stale)

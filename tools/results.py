@@ -22,6 +22,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common import errors
 from common.config import REPOSITORY
@@ -620,10 +621,17 @@ def hardware(results: Path) -> str:
     return table(records, columns, caption)
 
 
+def origin(repository: Path) -> tuple[str, str]:
+    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    address = settings["project"]["urls"]["Repository"]
+    owner = urlsplit(address).path.strip("/").partition("/")[0]
+    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
+
+
 def kaggle_badge(folder: Path, project: str) -> str:
     """A badge that opens the project's training on Kaggle, from the repository whose address is in pyproject.toml."""
-    settings = tomllib.loads((folder.parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    notebook = f"{settings['project']['urls']['Repository']}/blob/main/{project}/notebooks/train.ipynb"
+    notebook = f"{origin(folder.parent.parent)[0]}/blob/main/{project}/notebooks/train.ipynb"
     image = "https://kaggle.com/static/images/open-in-kaggle.svg"
     return f"[![Open in Kaggle]({image})](https://kaggle.com/kernels/welcome?src={notebook})"
 
@@ -730,8 +738,13 @@ def excerpt(what: str, repository: Path) -> str:
 
 def code_block(what: str, repository: Path) -> str:
     """The code that `what` names, as Markdown, under the file's name."""
-    file = what.partition(" ")[0]
-    return f"`{file}`\n\n```{'yaml' if is_yaml(file) else 'python'}\n{excerpt(what, repository)}\n```"
+    return f"`{what.partition(' ')[0]}`\n\n{fenced(what, repository)}"
+
+
+def fenced(what: str, repository: Path) -> str:
+    """The code that `what` names, in a fence of its language."""
+    language = "yaml" if is_yaml(what.partition(" ")[0]) else "python"
+    return f"```{language}\n{excerpt(what, repository)}\n```"
 
 
 def is_yaml(file: str) -> bool:
@@ -775,8 +788,7 @@ def filled(text: str, repository: Path) -> str:
         return f"<!-- results: {name} -->{block(name, repository / 'results')}<!-- end results -->"
 
     def fill_code(found: re.Match) -> str:
-        language = "yaml" if is_yaml(found[1].partition(" ")[0]) else "python"
-        return f"<!-- code: {found[1]} -->\n```{language}\n{excerpt(found[1], repository)}\n```\n<!-- end code -->"
+        return f"<!-- code: {found[1]} -->\n{fenced(found[1], repository)}\n<!-- end code -->"
 
     for kind, pattern, make in (("results", BLOCK, fill), ("code", CODE, fill_code)):
         text, blocks = pattern.subn(make, text)
