@@ -35,7 +35,7 @@ def _split_text(text: str) -> tuple[str, str]:
 
 
 def encode_prompt(prompt: Prompt, data: DataConfig, tokenizer: PreTrainedTokenizerFast, longest: int) -> list[int]:
-    """Token ids of `prompt` as training has them; of more than `longest` tokens the last, where the answer begins."""
+    """Token ids of `prompt` as in training; if there are more than `longest`, the last ones, next to the answer."""
     ids, _ = prompt_tokens(prompt, data, tokenizer)
     return ids[-longest:] or [tokenizer.eos_token_id]  # an empty prompt starts where a packed document would
 

@@ -86,8 +86,8 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # ## Train
 #
 # One GPU is enough; the first run compiles DeepSpeed's AdamW, a minute or two. The run saves a checkpoint before
-# Kaggle ends the session (`runtime.max_hours`); where an earlier session's output is attached as input, it resumes
-# from there. The output is the script's own; where it fails, the cell fails.
+# Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes
+# from there. The output is the script's own; if it fails, the cell fails.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

@@ -87,8 +87,8 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # %% [markdown]
 # ## Train
 #
-# A stage on each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); where an
-# earlier session's output is attached as input, it resumes from there. The output is the script's own; where it fails,
+# A stage on each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); if an
+# earlier session's output is attached as input, it resumes from there. The output is the script's own; if it fails,
 # the cell fails.
 
 # %%

@@ -84,8 +84,8 @@ notebook.use_secrets("HF_TOKEN")
 # %% [markdown]
 # ## Train
 #
-# One process for each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); where an
-# earlier session's output is attached as input, it resumes from there. The output is the script's own; where it fails,
+# One process for each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); if an
+# earlier session's output is attached as input, it resumes from there. The output is the script's own; if it fails,
 # the cell fails.
 
 # %%

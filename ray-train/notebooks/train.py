@@ -85,9 +85,9 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # %% [markdown]
 # ## Train
 #
-# A worker on each GPU, in a Ray cluster that is started for the run and gone with it. The run saves a checkpoint
-# before Kaggle ends the session (`runtime.max_hours`); where an earlier session's output is attached as input, it goes
-# on from there. The output is the script's own; where it fails, the cell fails.
+# A worker on each GPU, in a Ray cluster that is started for the run and gone with it. The run saves a checkpoint before
+# Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes from
+# there. The output is the script's own; if it fails, the cell fails.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

@@ -85,7 +85,7 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # ## Train
 #
 # A trial at a time on each GPU. The best one is trained to the full budget, if it did not get there in the search. A
-# search that was stopped resumes when the cell is run again in the same session. The output is the script's own; where
+# search that was stopped resumes when the cell is run again in the same session. The output is the script's own; if
 # it fails, the cell fails.
 
 # %%
