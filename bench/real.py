@@ -3,13 +3,16 @@
     python bench/real.py --data-dir FOLDER                       # three tasks, bf16 and fp16; two GPUs
     python bench/real.py --data-dir FOLDER --tasks gsm8k --precisions bf16 --projects pytorch-ddp plain
     python bench/real.py --data-dir FOLDER --jobs 5 --minutes 9  # five runs at a time; again later for what is left
+    python bench/real.py --data-dir FOLDER --tasks abstracts --projects 'pytorch-ddp killed' 'ray-train killed'
     python bench/real.py --draw                                  # the plot, from the records that are there
 
 FOLDER holds arxiv-abstracts.jsonl (a line: {"text": …}) and gsm8k-train.jsonl ({"prompt": …, "response": …}). The tasks
 are bench/tasks/*.yaml. For each task and precision, results/real/TASK-PRECISION.json gets every project's losses, its
-held-out loss before and after, and its eval.py's figures and samples; and the same of a plain loop with three orders of
+held-out loss before and after, and its eval.py's figures and samples; and the same of a plain loop with five orders of
 the training rows (bench/plain_loop.py), whose spread is what chance does. A run that fails is recorded with its error.
 Runs that a record has already are kept, unless they failed or --again is given.
+
+`PROJECT killed`: all its processes get SIGKILL in the middle; the same command then goes on from the last checkpoint.
 
 ray-tune runs a search of two learning rates, of which it trains the best; LLM Foundry has one of the three formats, and
 takes its own environment (.venv-foundry).
@@ -32,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +62,9 @@ PROJECTS: dict[str, list[str]] = {
     "ray-train": [],
     "ray-tune": ["search.trials=2", "search.scheduler=none"],
 }
-SEEDS = ("42", "1", "2")  # the first is the projects' own: the same rows in the same order
+SEEDS = ("42", "1", "2", "3", "4")  # the first is the projects' own: the same rows in the same order
+KILLED = " killed"
+KILL_AT, CHECKPOINT_EVERY = 30, 12  # steps
 SAMPLES, CHARACTERS = 2, 600  # kept in a record, and of each text
 
 
@@ -104,13 +109,23 @@ def data_file(bench: Bench, task: str) -> Path:
     return path
 
 
-def execute(bench: Bench, command: list[str], log: Path, variables: dict[str, str]) -> str:
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL `process` and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.wait()
+
+
+def execute(
+    bench: Bench, command: list[str], log: Path, variables: dict[str, str], enough: Callable[[], bool] = lambda: False
+) -> str:
     """Run `command` in the repository; what went wrong, in one line, or nothing.
 
-    It and all that it started are killed when the call's time is over: then `TimeoutError`.
+    It and all that it started are killed when the call's time is over: then `TimeoutError`; or as soon as `enough()`.
     """
-    left = bench.end - time.monotonic()
-    if left <= 0:
+    if time.monotonic() > bench.end:
         raise TimeoutError
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path} | variables
@@ -118,15 +133,14 @@ def execute(bench: Bench, command: list[str], log: Path, variables: dict[str, st
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-        try:
-            code = process.wait(left)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            process.wait()
-            raise TimeoutError from None
+        while (code := process.poll()) is None:
+            if time.monotonic() > bench.end:
+                kill_all(process)
+                raise TimeoutError
+            if enough():
+                kill_all(process)
+                return "killed"
+            time.sleep(0.2)
     if code == 0:
         return ""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -143,16 +157,27 @@ def run_plain(bench: Bench, task: str, precision: str, seed: str, folder: Path, 
     return {"status": "failed", "error": error} if error else {"status": "completed", **read_json(output)}
 
 
-def run_project(bench: Bench, task: str, precision: str, project: str, folder: Path, log: Path) -> dict:
-    """A run of the project's launch.sh, then of its eval.py on one GPU."""
+def run_project(bench: Bench, task: str, precision: str, name: str, folder: Path, log: Path) -> dict:
+    """A run of the project's launch.sh, killed and started again if `name` says so, then of its eval.py on one GPU."""
+    project = name.removesuffix(KILLED)
     settings = [f"data.name={data_file(bench, task)}", f"train.precision={precision}", *PROJECTS[project]]
     if project == "ray-tune":  # the task's own rate, which is the first trial, and a tenth of it
         rate = yaml.safe_load((REPOSITORY / task_file(task)).read_text(encoding="utf-8"))["train"]["learning_rate"]
         settings.append(f"search.space={{learning_rate: {{choice: [{rate / 10}, {rate}]}}}}")
     settings += bench.settings
+    if name != project:
+        settings.append(f"checkpoint.every={CHECKPOINT_EVERY}")
     command = [f"{project}/launch.sh", "--config", str(task_file(task)), *settings]
     run = folder / "run"
     entry = {"command": shlex.join(re.sub(r"=/.*/", "=", part) for part in command)}
+    if name != project:
+
+        def in_the_middle() -> bool:
+            return any(step["step"] >= KILL_AT for step in read_metrics(run))
+
+        if error := execute(bench, [*command, f"output_dir={run}"], log, {}, in_the_middle).replace("killed", ""):
+            return entry | {"status": "failed", "error": error}
+        entry["killed_at"] = max(step["step"] for step in read_metrics(run))
     error = execute(bench, [*command, f"output_dir={run}"], log, {})
     losses = [round(step["loss"], 6) for step in read_metrics(run) if "loss" in step]
     entry |= {"losses": losses, "environment": read_json(run / "environment.json")}
@@ -196,14 +221,14 @@ def load_record(path: Path, bench: Bench, task: str, precision: str) -> dict:
 
 def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, beside: int) -> None:
     """One run, into its record. `name` is a project, or `plain` and a seed."""
-    plain, _, seed = name.partition(" ")
+    seed = name.removeprefix("plain ") if name.startswith("plain ") else ""
     label = f"{task}-{precision} {name}"
     log = bench.logs / f"{label.replace(' ', '-')}.log"
     log.unlink(missing_ok=True)
     folder = Path(tempfile.mkdtemp(dir=bench.scratch))
     start = time.perf_counter()
     try:
-        if reason := unsupported(task, name):
+        if reason := unsupported(task, name.removesuffix(KILLED)):
             entry = {"status": "not offered", "error": reason}
         elif seed:
             entry = run_plain(bench, task, precision, seed, folder, log)
@@ -221,7 +246,7 @@ def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, b
     path = results / f"{task}-{precision}.json"
     with bench.lock:
         record = load_record(path, bench, task, precision)
-        record["plain" if seed else "projects"][seed or plain] = entry
+        record["plain" if seed else "projects"][seed or name] = entry
         partial = path.with_suffix(".writing")
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -271,8 +296,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="the folder with the two files")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--precisions", nargs="*", choices=("bf16", "fp16", "fp32"), default=["bf16", "fp16"])
-    names = ["plain", *PROJECTS]
-    parser.add_argument("--projects", nargs="*", choices=names, default=names, help="plain: the plain loop's seeds")
+    names = ["plain", *PROJECTS, *(project + KILLED for project in PROJECTS)]
+    parser.add_argument(
+        "--projects", nargs="*", choices=names, default=["plain", *PROJECTS], help="plain: the plain loop's seeds"
+    )
     parser.add_argument("--steps", type=int, help="train.max_steps of every run, in place of the tasks' epochs")
     parser.add_argument("--model", help="model.name, in place of smollm2: for a trial of this program")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings, of every run")
@@ -305,7 +332,7 @@ def main() -> None:
             record = load_record(arguments.results / f"{task}-{precision}.json", bench, task, precision)
             done = record["projects"] | {f"plain {seed}": run for seed, run in record["plain"].items()}
             chosen = [f"plain {seed}" for seed in SEEDS] if "plain" in arguments.projects else []
-            chosen += [project for project in PROJECTS if project in arguments.projects]
+            chosen += [name for name in names[1:] if name in arguments.projects]
             jobs += [
                 (task, precision, name)
                 for name in chosen
@@ -317,7 +344,7 @@ def main() -> None:
     for task, precision in itertools.product(arguments.tasks, arguments.precisions):
         record = read_json(arguments.results / f"{task}-{precision}.json")
         if limits := band(record):
-            print(f"{task}-{precision}: the plain loop ends between {limits[0]:.4f} and {limits[1]:.4f}")
+            print(f"{task}-{precision}: another plain loop would end in {limits[0]:.4f} to {limits[1]:.4f}, with 95%")
     draw(arguments.results)
 
 

@@ -31,7 +31,9 @@ def test_a_run_of_the_plain_loop_and_of_a_project_and_one_that_fails(real, tmp_p
     # The task's settings, made small.
     small = ["data.eval_rows=8", "data.max_length=64", "train.global_batch_size=8", "train.micro_batch_size=2",
              "train.warmup_steps=1", "eval.generate_rows=2", "eval.max_new_tokens=4"]  # fmt: skip
-    names = ["plain", "pytorch-ddp", "llm-foundry-finetune"]
+    monkeypatch.setattr(real, "KILL_AT", 1)
+    monkeypatch.setattr(real, "CHECKPOINT_EVERY", 1)
+    names = ["plain", "pytorch-ddp", "pytorch-ddp killed", "llm-foundry-finetune"]
     call = ["real.py", "--data-dir", str(tmp_path), "--precisions", "fp32", "--model", "tiny:llama", "--steps", "3",
             "--results", str(tmp_path / "results"), "--logs", str(tmp_path / "logs")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [*call, "--tasks", "messages", "--projects", *names, "--set", *small])
@@ -47,6 +49,9 @@ def test_a_run_of_the_plain_loop_and_of_a_project_and_one_that_fails(real, tmp_p
     start = "pytorch-ddp/launch.sh --config bench/tasks/messages.yaml"
     assert ddp["command"].startswith(f"{start} data.name=messages.jsonl train.precision=fp32")
     assert ddp["environment"]["world_size"] == 2
+    killed = record["projects"]["pytorch-ddp killed"]
+    assert killed["killed_at"] >= 1 and killed["losses"] == ddp["losses"]
+    assert killed["eval_loss_after"] == ddp["eval_loss_after"]
     foundry = record["projects"]["llm-foundry-finetune"]
     assert foundry["status"] == "not offered" and "data.format=messages" in foundry["error"]
     assert (tmp_path / "results/losses.png").stat().st_size > 10_000
@@ -92,15 +97,15 @@ def cells(text: str, first: str) -> list[str]:
 
 
 def test_the_tables_say_what_lies_outside_of_the_plain_loops_spread_and_what_failed(tmp_path):
-    projects = {"ray-train": (1.23, 1e-4), "pytorch-ddp": (1.205, 0.002), "deepspeed-offload": (None, 0.0)}
+    projects = {"ray-train": (1.27, 1e-4), "pytorch-ddp": (1.205, 0.002), "deepspeed-offload": (None, 0.0)}
     write(tmp_path, "gsm8k", "bf16", {"42": 1.20, "1": 1.22, "2": 1.21}, projects)
     write(tmp_path, "abstracts", "fp16", {"42": 3.20}, {"pytorch-ddp": (3.2, 0.0)})
     losses = results.real_losses(tmp_path)
     assert cells(losses, "held-out loss")[1:] == ["abstracts, fp16", "GSM8K, bf16"]
     assert cells(losses, "before training")[1:] == ["2.0000", "2.0000"]
-    assert cells(losses, "plain loop, one GPU, three orders of the rows")[2] == "1.2000 to 1.2200"
+    assert cells(losses, "plain loop, one GPU, five orders of the rows, 95%")[2] == "1.1603 to 1.2597"
     assert cells(losses, "`pytorch-ddp`")[1:] == ["3.2000", "1.2050"]
-    assert cells(losses, "`ray-train`")[1:] == ["–", "1.2300 (0.0100 outside)"]
+    assert cells(losses, "`ray-train`")[1:] == ["–", "1.2700 (0.0103 outside)"]
     assert cells(losses, "`deepspeed-offload`")[1:] == ["–", "failed"]
     assert "2 × GPU X, torch 2.11.0, transformers 5.17.0; 2026-01-02, commit 0123456789" in losses
     assert losses.index("`pytorch-ddp`") < losses.index("`ray-train`")
