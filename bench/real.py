@@ -48,7 +48,7 @@ from matplotlib.figure import Figure
 from common.config import REPOSITORY
 from common.plots import COLOURS, LINE_STYLES, save_figure, smoothed, style_axes
 from common.report import read_json, read_metrics
-from tools.results import PLAIN, band
+from tools.results import KILLED, PLAIN, band
 
 RESULTS = REPOSITORY / "results/real"
 TASKS = {"abstracts": "arxiv-abstracts.jsonl", "gsm8k": "gsm8k-train.jsonl", "messages": "gsm8k-train.jsonl"}
@@ -63,7 +63,6 @@ PROJECTS: dict[str, list[str]] = {
     "ray-tune": ["search.trials=2", "search.scheduler=none"],
 }
 SEEDS = ("42", "1", "2", "3", "4")  # the first is the projects' own: the same rows in the same order
-KILLED = " killed"
 KILL_AT, CHECKPOINT_EVERY = 30, 12  # steps
 SAMPLES, CHARACTERS = 2, 600  # kept in a record, and of each text
 
@@ -179,8 +178,12 @@ def run_project(bench: Bench, task: str, precision: str, name: str, folder: Path
             return entry | {"status": "failed", "error": error}
         entry["killed_at"] = max(step["step"] for step in read_metrics(run))
     error = execute(bench, [*command, f"output_dir={run}"], log, {})
-    losses = [round(step["loss"], 6) for step in read_metrics(run) if "loss" in step]
-    entry |= {"losses": losses, "environment": read_json(run / "environment.json")}
+    steps = [step for step in read_metrics(run) if "loss" in step]
+    entry |= {
+        "losses": [round(step["loss"], 6) for step in steps],
+        "skipped": [step["step"] for step in steps if step["grad_norm"] is None],  # by the loss scaler, fp16
+        "environment": read_json(run / "environment.json"),
+    }
     if error:
         return entry | {"status": "failed", "error": error}
     summary = read_json(run / "summary.json")
@@ -257,7 +260,7 @@ def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, b
 
 def curves(record: dict) -> Iterator[tuple[str, list[float]]]:
     for name, entry in record["projects"].items():
-        if entry.get("losses"):
+        if entry.get("losses") and not name.endswith(KILLED):
             yield name, smoothed(entry["losses"])
 
 
@@ -283,7 +286,8 @@ def draw(results: Path) -> None:
             axes.fill_between(
                 steps, lowest, highest, color="#bbbbbb", label=f"{PLAIN}: {len(plain)} orders of the rows"
             )
-        for i, (name, values) in enumerate(curves(record)):
+        for name, values in sorted(curves(record), key=lambda curve: list(PROJECTS).index(curve[0])):
+            i = list(PROJECTS).index(name)  # one look in all panels
             look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINE_STYLES[i % len(LINE_STYLES)]}
             axes.plot(range(1, len(values) + 1), values, label=name, linewidth=1.2, **look)
     handles = {h.get_label(): h for axes in panels.flat for h in axes.get_legend_handles_labels()[0]}

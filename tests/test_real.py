@@ -105,14 +105,30 @@ def test_the_tables_say_what_lies_outside_of_the_plain_loops_spread_and_what_fai
     assert cells(losses, "before training")[1:] == ["2.0000", "2.0000"]
     assert cells(losses, "plain loop, one GPU, five orders of the rows, 95%")[2] == "1.1603 to 1.2597"
     assert cells(losses, "`pytorch-ddp`")[1:] == ["3.2000", "1.2050"]
-    assert cells(losses, "`ray-train`")[1:] == ["–", "1.2700 (0.0103 outside)"]
+    assert cells(losses, "`ray-train`")[1:] == ["–", "1.2700 (0.01 outside)"]
     assert cells(losses, "`deepspeed-offload`")[1:] == ["–", "failed"]
     assert "2 × GPU X, torch 2.11.0, transformers 5.17.0; 2026-01-02, commit 0123456789" in losses
     assert losses.index("`pytorch-ddp`") < losses.index("`ray-train`")
     assert cells(results.real_closeness(tmp_path), "`pytorch-ddp`")[2] == "2e-03"
+    assert results.real_killed(tmp_path) == ""
     answers = results.real_answers(tmp_path)
     assert cells(answers, "before training")[2] == "7.39 / 0.100"
     assert cells(answers, "`pytorch-ddp`")[2] == "3.00 / 0.250"
+
+
+def test_killed_runs_have_a_table_of_their_own(tmp_path):
+    write(tmp_path, "gsm8k", "bf16", {"42": 1.20, "1": 1.22, "2": 1.21}, {"pytorch-ddp": (1.2, 0.0)})
+    path = tmp_path / "gsm8k-bf16.json"
+    record = json.loads(path.read_text())
+    whole = record["projects"]["pytorch-ddp"]
+    record["projects"]["pytorch-ddp killed"] = whole | {"killed_at": 1, "losses": [2.0, 1.515], "eval_loss_after": 1.27}
+    for seed, last in (("1", 1.8), ("2", 1.65)):
+        record["plain"][seed]["losses"] = [2.0, last]
+    path.write_text(json.dumps(record))
+    table = results.real_killed(tmp_path)
+    row = ["`pytorch-ddp`", "GSM8K, bf16", "1 of 2", "1.2700 (0.01 outside)", "1.2000", "1.0%"]
+    assert cells(table, "`pytorch-ddp`") == row and "orders are 10.0% to 20.0% apart" in table
+    assert "killed" not in results.real_losses(tmp_path)
 
 
 def test_without_records_the_page_says_so(tmp_path):

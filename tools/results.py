@@ -484,6 +484,7 @@ def equality_table(folder: Path, name: str) -> str:
 
 PLAIN = "plain loop"
 ORDERS = "five"
+KILLED = " killed"
 REAL_TASKS = {"abstracts": "abstracts", "gsm8k": "GSM8K", "messages": "GSM8K as chat"}
 
 
@@ -516,7 +517,7 @@ def real_heading(record: dict) -> str:
 
 def real_projects(records: list[dict]) -> list[str]:
     """The projects of the records, each once, by name; LLM Foundry and then Ray's come last."""
-    order = [name for record in records for name in record["projects"]]
+    order = [name for record in records for name in record["projects"] if not name.endswith(KILLED)]
     return sorted(dict.fromkeys(order), key=lambda name: (name.startswith("ray"), name == "llm-foundry-finetune", name))
 
 
@@ -530,6 +531,13 @@ def real_machine(records: list[dict]) -> str:
     dates = shared(runs, lambda run: run["date"])
     commits = shared(runs, lambda run: (run["environment"].get("git_commit") or "unknown").split()[0][:10])
     return f"{gpus}, {', '.join(versions)}; {dates}, commit {commits}"
+
+
+def against_plain(record: dict, run: dict) -> str:
+    """A run's held-out loss, and how far it is outside of the plain loop's interval, if it is."""
+    limits, loss = band(record), run["eval_loss_after"]
+    beyond = max(limits[0] - loss, loss - limits[1], 0) if limits else 0
+    return f"{loss:.4f}" + (f" ({beyond:.1g} outside)" if beyond else "")
 
 
 def real_losses(folder: Path) -> str:
@@ -547,9 +555,7 @@ def real_losses(folder: Path) -> str:
             return f"{limits[0]:.4f} to {limits[1]:.4f}" if limits else "–"
         if run.get("status") != "completed":
             return "failed" if run.get("status") == "failed" else "–"
-        loss = run["eval_loss_after"]
-        beyond = max(limits[0] - loss, loss - limits[1], 0) if limits else 0
-        return f"{loss:.4f}" + (f" ({beyond:.4f} outside)" if beyond else "")
+        return against_plain(r, run)
 
     names = {"base": "before training", PLAIN: f"{PLAIN}, one GPU, {ORDERS} orders of the rows, 95%"}
     names |= {name: f"`{name}`" for name in real_projects(records)}
@@ -596,6 +602,39 @@ def real_answers(folder: Path) -> str:
     columns |= {real_heading(r): lambda name, r=r: figures(r, name) for r in records}
     names = ["base", *real_projects(records)]
     return table(names, columns, "By each project's eval.py; greedy answers.") if records else ""
+
+
+def real_killed(folder: Path) -> str:
+    """Runs that were killed and started again, next to the same runs without that."""
+    rows = [(r, name) for r in real_records(folder) for name in r["projects"] if name.endswith(KILLED)]
+    if not rows:
+        return ""
+
+    def apart(losses: list[float], others: list[float], start: int) -> str:
+        return f"{statistics.median(abs(a / b - 1) for a, b in zip(losses[start:], others[start:], strict=True)):.1%}"
+
+    def cells(r: dict, name: str) -> dict[str, str]:
+        killed, whole = r["projects"][name], r["projects"][name.removesuffix(KILLED)]
+        step = killed["killed_at"]
+        return {
+            "project": f"`{name.removesuffix(KILLED)}`",
+            "task": real_heading(r),
+            "killed after step": f"{step} of {len(whole['losses'])}",
+            "held-out loss": against_plain(r, killed),
+            "not killed": f"{whole['eval_loss_after']:.4f}",
+            "training losses after the kill differ by": apart(killed["losses"], whole["losses"], step),
+        }
+
+    table_rows = [cells(r, name) for r, name in rows]
+    (record, name), *_ = rows
+    plain, step = record["plain"], record["projects"][name]["killed_at"]
+    orders = [apart(run["losses"], plain["42"]["losses"], step) for seed, run in plain.items() if seed != "42"]
+    caption = (
+        f"Medians over the steps after the kill, relative. Two runs of the plain loop that see the rows in different "
+        f"orders are {min(orders)} to {max(orders)} apart: a resumed run that lost its place in the data would be too."
+    )
+    columns: dict[str, Callable[..., str]] = {key: lambda row, key=key: row[key] for key in table_rows[0]}
+    return table(table_rows, columns, caption)
 
 
 def hardware(results: Path) -> str:
@@ -665,6 +704,7 @@ BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which recor
     "real losses": (real_losses,),
     "real closeness": (real_closeness,),
     "real answers": (real_answers,),
+    "real killed": (real_killed,),
     "equality losses": (equality_table, "losses"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
