@@ -334,6 +334,17 @@ def test_a_run_folder_in_the_settings_is_refused_for_the_cells_below_read_anothe
         notebook.launch("pytorch-ddp", "smoke.yaml", "output_dir=runs/first", "output_dir=mine")
 
 
+@pytest.mark.slow
+def test_a_run_that_cannot_work_here_is_not_launched(tmp_path, capsys):
+    with pytest.raises(
+        notebook.CellFailed, match=r"^error: no GPU found.*Settings → Accelerator → GPU T4 x2"
+    ) as caught:
+        notebook.launch("llm-foundry-finetune", "config.yaml", f"output_dir={tmp_path}/run")
+    (line,) = caught.value._render_traceback_()
+    assert "\n" not in line and not (tmp_path / "run").exists()
+    assert "Building" not in capsys.readouterr().out  # nor is LLM Foundry's environment
+
+
 def test_only_the_gpus_that_cuda_sees_are_counted(tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i$i$i, Tesla T4, 15360 MiB, 7.5; done\n")

@@ -63,6 +63,11 @@ def install(extra: str) -> None:
             constraint.flush()
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraint.name, *lacking]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode and re.search("NewConnectionError|NameResolutionError|Network is unreachable", done.stdout):
+            raise CellFailed(
+                f"{', '.join(lacking)} cannot be installed, the package index does not answer: on Kaggle choose "
+                "Settings → Internet → On"
+            )
         if done.returncode:
             raise CellFailed(f"pip could not install {', '.join(lacking)}:\n{done.stdout[-2000:]}")
         importlib.invalidate_caches()
@@ -164,8 +169,10 @@ def earlier_checkpoint(project: str, run: Path) -> list[str]:
 def launch(project: str, config: str, *settings: str) -> None:
     """Start the project's launch.sh and show what it prints. Of equal keys in `settings` the last one counts.
 
-    Raises `CellFailed` if the training fails.
+    Before that, what the run needs and what this machine has (`tools/plan.py`). Raises `CellFailed` if that is too
+    little, and if the training fails.
     """
+    _show([sys.executable, "-m", "tools.plan", project, "--config", config, *settings])
     _show([f"{project}/launch.sh", "--config", config, *settings])
 
 
@@ -292,7 +299,7 @@ def keep(run: Path, project: str) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
     for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
-        print(f"{math.ceil(_bytes(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
+        print(f"{math.ceil(size(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
     print(f"in {target}")
     if not completed and target == run:
         print("The run is not complete: run the training cell again to resume it.")
@@ -304,10 +311,10 @@ def keep(run: Path, project: str) -> None:
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:
     there = [run / name for name in names if (run / name).exists()]
-    size = sum(map(_bytes, there))
-    if size > KAGGLE_KEEPS_GB * 1e9:
+    total = sum(map(size, there))
+    if total > KAGGLE_KEEPS_GB * 1e9:
         raise CellFailed(
-            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
+            f"{total / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
             f"are in {run}"
         )
     shutil.rmtree(target, ignore_errors=True)
@@ -317,8 +324,8 @@ def _copy(run: Path, target: Path, names: list[str]) -> None:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
 
 
-def _bytes(path: Path) -> int:
-    """Of a file, or of all files in a folder."""
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
