@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,10 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
@@ -264,16 +269,42 @@ def show_versions(run: Path) -> None:
 
 
 def show_plots(run: Path, *names: str) -> None:
-    """The run's plots, those of `names` that were drawn."""
+    """The run's plots, those of `names` that were drawn; neighbours of one size two by two, in one picture."""
     from IPython.display import Image, display
     from PIL import Image as Picture
 
-    for name in names:
-        if (path := run / "plots" / f"{name}.png").is_file():
-            picture, small = Picture.open(path).convert("RGB"), io.BytesIO()
-            picture.quantize(128).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
-            width = min(picture.width * 3 // 4, PAGE_WIDTH)
-            display(Image(data=small.getvalue(), width=width, alt=f"{name} of the run"))
+    paths = [path for name in names if (path := run / "plots" / f"{name}.png").is_file()]
+    for (width, height), same in itertools.groupby(map(Picture.open, paths), key=lambda picture: picture.size):
+        group = list(same)
+        columns = min(2, len(group))
+        sheet = Picture.new("RGB", (columns * width, -(-len(group) // columns) * height), "white")
+        for i, picture in enumerate(group):
+            sheet.paste(picture, (i % columns * width, i // columns * height))
+        small = io.BytesIO()
+        few_colours(sheet).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
+        title = ", ".join(Path(picture.filename).stem for picture in group)
+        display(Image(data=small.getvalue(), width=min(sheet.width * 3 // 4, PAGE_WIDTH), alt=f"{title} of the run"))
+
+
+def few_colours(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in the plots' own colours and their mixtures with white.
+
+    A palette that is chosen by how much of the picture a colour fills gives two thin lines one colour.
+    """
+    from PIL import Image, ImageColor
+
+    from common.plots import COLOURS
+
+    steps = 18  # Pillow looks colours up in a grid of four levels: closer ones would be taken for each other
+    shades = [
+        255 + (level - 255) * step // (steps - 1)
+        for colour in COLOURS
+        for step in range(steps)
+        for level in ImageColor.getrgb(colour)
+    ]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(shades)
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def show_measured(project: str) -> None:
