@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, refused
-from hub_content import assert_base_is_kept
+from hub_content import assert_base_is_kept, qwen2
 from launching import UNDER_RAY, environment, metrics
 from nbclient.exceptions import CellExecutionError
 from PIL import Image, ImageColor
@@ -196,8 +196,9 @@ def test_an_evaluation_without_a_training_says_which_notebook_to_run(tmp_path):
         execute(folder / "eval.ipynb", [f"RUN = Path({str(tmp_path)!r})"], folder)
 
 
-# As config.yaml's, but embedded and small.
-SMALL = ["model.name=tiny:qwen2", "data.name=pydoc", "data.train_rows=99", "data.eval_rows=9", "data.max_length=64"]
+# As config.yaml's, but small and embedded.
+FEW = ["data.name=pydoc", "data.train_rows=99", "data.eval_rows=9", "data.max_length=64"]
+SMALL = ["model.name=tiny:qwen2", *FEW]
 # Starts a command where / has what it has here, and its second argument as /kaggle; the first is an empty folder.
 KAGGLE_MACHINE = """
 set -e
@@ -232,10 +233,10 @@ def packed(kind: str, folder: Path) -> None:
     jupytext.write(notebook, folder / f"{kind}.py", fmt="py:percent")
 
 
-def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
+def record(path: Path | str, *settings: str, before: list = (), **more: str) -> subprocess.CompletedProcess:
     command = [*before, sys.executable, "-m", "tools.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    variables = environment(cold=bool(before), **safe)
+    variables = environment(cold=bool(before), **safe, **more)
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
 
 
@@ -259,28 +260,32 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
 
 @pytest.mark.slow
 def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third(tmp_path):
-    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and nothing else.
+    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and a model as input.
 
-    The notebooks carry their code: there is neither a repository nor one to fetch."""
+    The notebooks carry their code: there is neither a repository nor one to fetch. Nor is there a Hub."""
     if subprocess.run([*NAMESPACE, "true"]).returncode:
         pytest.skip("this machine permits no mounts of one's own")
 
     def session(number: int, kind: str, *settings: str) -> tuple[str, Path, Path]:
         kaggle_root = tmp_path / f"session-{number}"
-        (kaggle_root / "input").mkdir(parents=True)
+        model = kaggle_root / "input/models/qwen-lm/qwen2/transformers/0.5b-instruct/1"
+        model.mkdir(parents=True)
+        qwen2(model)
         if number > 1:
             (tmp_path / f"session-{number - 1}/working").rename(kaggle_root / "input/earlier")
         packed(kind, kaggle_root / "working")
         root = tmp_path / "root"
         root.mkdir(exist_ok=True)
         before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle_root)]
-        done = record(f"/kaggle/working/{kind}.py", *SMALL, "train.max_steps=4", *settings, before=before)
+        few = [*FEW, "train.max_steps=4", "runtime.allow_cpu=true", *settings]
+        done = record(f"/kaggle/working/{kind}.py", *few, before=before, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 0, done
         assert (kaggle_root / "temp/multi-gpu-fine-tuning/tools/notebook.py").is_file()
         output = shown(nbformat.read(kaggle_root / f"working/{kind}.ipynb", 4))
         return output, kaggle_root / "working/pytorch-ddp", kaggle_root / "temp/runs/pytorch-ddp"
 
     output, kept, _ = session(1, "train", "runtime.max_hours=1e-6")  # over after its first step
+    assert "attached: /kaggle/input/models/qwen-lm/qwen2/transformers/0.5b-instruct/1" in output
     assert "attach its output as input" in output and "in /kaggle/working/pytorch-ddp" in output
     assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step-00000001"]
     assert not (kept / "model").exists()
@@ -288,6 +293,7 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
     output, kept, run = session(2, "train")
     assert "Resuming from the checkpoint of step 1" in output
     assert [record["step"] for record in metrics(kept) if "loss" in record] == [1, 2, 3, 4]
+    assert "base_model: Qwen/Qwen2-0.5B-Instruct" in (kept / "model/README.md").read_text()
     assert (kept / "model/model.safetensors").is_file() and not (kept / "checkpoints").exists()
     assert (run / "checkpoints/step-00000004").is_dir()  # too large to keep, and not needed
 

@@ -80,6 +80,16 @@ def test_what_lies_there_already_is_not_asked_for_again(tmp_path, capsys):
     assert float(re.search(r"up to ([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(before - 6, abs=0.11)
 
 
+@pytest.mark.parametrize("project", PROJECTS)
+def test_readers_are_told_the_estimate_for_kaggles_two_t4(project):
+    cfg, model = shipped(project)
+    duration = plan.rough(plan.estimate(project, cfg, model, ONE_T4 if project == "deepspeed-offload" else KAGGLE))
+    notebook = (REPOSITORY / project / "notebooks/train.py").read_text().replace("\n# ", " ")
+    assert f"takes {duration} on" in notebook and "an estimate, not yet measured" in notebook
+    assert f"{duration} on" in (REPOSITORY / project / "README.md").read_text().replace("\n", " ")
+    assert f"| `{project}` | {duration.removeprefix('about ')} |" in (REPOSITORY / "docs/kaggle.md").read_text()
+
+
 def test_the_estimate_follows_the_arithmetic():
     cfg, model = shipped("pytorch-ddp")
     two, one = (plan.estimate("pytorch-ddp", cfg, model, machine) for machine in (KAGGLE, ONE_T4))

@@ -274,15 +274,15 @@ def show_plots(run: Path, *names: str) -> None:
     from PIL import Image as Picture
 
     paths = [path for name in names if (path := run / "plots" / f"{name}.png").is_file()]
-    for (width, height), same in itertools.groupby(map(Picture.open, paths), key=lambda picture: picture.size):
+    for (width, height), same in itertools.groupby(paths, key=lambda path: Picture.open(path).size):
         group = list(same)
         columns = min(2, len(group))
         sheet = Picture.new("RGB", (columns * width, -(-len(group) // columns) * height), "white")
-        for i, picture in enumerate(group):
-            sheet.paste(picture, (i % columns * width, i // columns * height))
+        for i, path in enumerate(group):
+            sheet.paste(Picture.open(path), (i % columns * width, i // columns * height))
         small = io.BytesIO()
         few_colours(sheet).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
-        title = ", ".join(Path(picture.filename).stem for picture in group)
+        title = ", ".join(path.stem for path in group)
         display(Image(data=small.getvalue(), width=min(sheet.width * 3 // 4, PAGE_WIDTH), alt=f"{title} of the run"))
 
 
