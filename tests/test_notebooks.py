@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, refused
 from hub_content import assert_base_is_kept, qwen2
-from launching import UNDER_RAY, environment, metrics
+from launching import FOUNDRY, environment, metrics
 from nbclient.exceptions import CellExecutionError
 from PIL import Image, ImageColor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,12 +122,18 @@ def texts_of(output: nbformat.NotebookNode) -> list[str]:
     return [output.text] if "text" in output else [v for k, v in output.data.items() if not k.startswith("image/")]
 
 
-def execute(path, edits: list[str], folder, **variables: str) -> str:
-    """Run all cells in `folder`, with `edits` below the parameters; what they printed and displayed."""
-    found = nbformat.read(path, 4)
-    cold = folder.parent.name in UNDER_RAY
-    notebook_record.execute(found, edits, folder, env=environment(cold=cold, **variables))
-    return shown(found)
+def execute(project: str, kind: str, edits: list[str], folder: Path, **variables: str) -> str:
+    """Run all cells of the packed notebook in `folder`, with `edits` below the parameters; what they have shown."""
+    kaggle.write(REPOSITORY, folder / "packed", [project], "somebody")
+    found = nbformat.read(folder / f"packed/{project}-{kind}/{project}-{kind}.ipynb", 4)
+    code = folder / "multi-gpu-fine-tuning"
+    if project == FOUNDRY and not code.exists():
+        code.mkdir()
+        (code / ".venv-foundry").symlink_to((REPOSITORY / ".venv-foundry").resolve())
+    notebook_record.execute(found, edits, folder, env=environment(cold=True, **variables))  # a zygote would serve once
+    output = shown(found)
+    assert f"The code is in {code}" in output
+    return output
 
 
 def shown(found: nbformat.NotebookNode) -> str:
@@ -140,15 +146,18 @@ def shown(found: nbformat.NotebookNode) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
 def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, project):
-    """Only the number of steps, and of trials, is changed; and the newest checkpoint is uploaded too."""
+    """Only the number of steps, and of trials, is changed; and the newest checkpoint is uploaded too.
+
+    From the packed notebooks, in a folder with nothing of the repository.
+    """
     steps = STEPS.get(project, 3)
     processes = PROCESSES.get(project, 2)
     variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": str(processes)}
-    run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
+    run = tmp_path / "runs/first"
     settings = [f"train.max_steps={steps}", "hub.push_checkpoints=true", "runtime.allow_cpu=true"]
     settings += TRIALS.get(project, [])
     edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
-    trained = execute(folder / "train.ipynb", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], folder, **variables)
+    trained = execute(project, "train", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], tmp_path, **variables)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "completed"
     if project != "llm-foundry-finetune":  # whose first steps of 85 of warm-up to 1e-6 move nothing
@@ -174,7 +183,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     if names["tracking"]["backend"] == "wandb":
         assert list((tmp_path / "runs").rglob("*.wandb")), "no offline W&B run"
 
-    evaluated = execute(folder / "eval.ipynb", edits, folder, **variables)
+    evaluated = execute(project, "eval", edits, tmp_path, **variables)
     results = json.loads((run / "eval.json").read_text())
     assert results["base"]["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-5)
     assert results["fine_tuned"]["loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
@@ -191,9 +200,8 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
 
 @pytest.mark.slow
 def test_an_evaluation_without_a_training_says_which_notebook_to_run(tmp_path):
-    folder = REPOSITORY / "pytorch-ddp/notebooks"
     with pytest.raises(CellExecutionError, match=r"run train\.ipynb first"):
-        execute(folder / "eval.ipynb", [f"RUN = Path({str(tmp_path)!r})"], folder)
+        execute("pytorch-ddp", "eval", [f"RUN = Path({str(tmp_path / 'run')!r})"], tmp_path)
 
 
 # As config.yaml's, but small and embedded.

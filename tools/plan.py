@@ -4,7 +4,7 @@
 
 The notebooks call it before they launch a run. It ends with one `error:` line if the run cannot work here: no GPU, or
 one that torch has no code for; no internet, token or access; too little memory or disk. Of the Hub it reads the model's
-`config.json` and nothing else. What it says of memory are lower bounds; of time, an estimate from arithmetic.
+`config.json` and whether the dataset is there. What it says of memory is a lower bound; of time, an estimate.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ HOST_BANDWIDTH = 15e9  # bytes/s, four cores
 PCIE, NVLINK = 5e9, 100e9  # bytes/s between GPUs without peer access, and with
 ON_PCIE = ("T4", "P100", "L4", "A10")
 ASHA = 0.5  # of the steps without early stopping: 37% and 48% were measured (docs/measured-ray-tune.md)
-# Rows of the training split, and tokens that a row has on average.
+# Rows of the training split (0: unknown, train_rows says it), and about how many tokens a row has on average.
 DATASETS = {
-    "ash001/arxiv-abstract": (25500, 220),
+    "ash001/arxiv-abstract": (0, 220),
     "stanfordnlp/imdb": (25000, 300),
     "databricks/databricks-dolly-15k": (15011, 200),
 }
@@ -112,9 +112,9 @@ def check(project: str, cfg: BaseConfig) -> None:
     check_disk(project, cfg, model, published=None if Path(place).is_dir() else place)
     seconds = estimate(project, cfg, model, machine)
     if machine.gpus == 1 and PROJECTS[project].sharded:
-        print(f"{'one GPU':15} nothing to share: this project is about several. {CHOOSE_TWO}")
+        print(f"{'one GPU':15} nothing is shared, which this project is about; {CHOOSE_TWO}")
     elif machine.gpus == 1 and project != "deepspeed-offload":
-        print(f"{'one GPU':15} the same batches and losses as on two, in nearly twice the time. {CHOOSE_TWO}")
+        print(f"{'one GPU':15} the same batches and losses as on two, in nearly twice the time; {CHOOSE_TWO}")
     if seconds:
         print(f"{'time':15} {rough(seconds)}: an estimate, by arithmetic; after 20 steps the progress bar knows better")
 
