@@ -1,7 +1,7 @@
 """A Hub model that Kaggle has attached to the notebook, found by its name: it needs neither internet nor a token.
 
-Kaggle mounts a model as MODEL/FRAMEWORK/VARIATION/VERSION, today below models/OWNER/, and a dataset as SLUG or
-datasets/OWNER/SLUG. Names are written as in `llama-3.2/transformers/1b-instruct/1` or `qwen2/transformers/qwen2-7b/1`.
+Kaggle mounts a model as MODEL/FRAMEWORK/VARIATION/VERSION, today below models/USER/, and a dataset as SLUG or
+datasets/USER/SLUG. Names are written as in `llama-3.2/transformers/1b-instruct/1` or `qwen2/transformers/qwen2-7b/1`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 INPUT = Path("/kaggle/input")
-LEVELS = 7  # models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION/FOLDER
+LEVELS = 7  # models/USER/MODEL/FRAMEWORK/VARIATION/VERSION/FOLDER
 NO_NAMES = {"transformers", "pytorch", "default"}  # parts of a path that name no model; nor do versions
 
 

@@ -1,6 +1,7 @@
 """What a run needs and how long it may take: refused in one line where the machine has too little."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,47 @@ def test_what_lies_there_already_is_not_asked_for_again(tmp_path, capsys):
         file.truncate(6 * 10**9)  # takes no space on the disk
     plan.check_disk("pytorch-ddp", cfg, model, published=None)
     assert float(re.search(r"up to ([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(before - 6, abs=0.11)
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """Makes GPUs of one kind the machine's, for the driver's tool and for torch."""
+
+    def have(number: int, name: str, capability: tuple[int, int]) -> None:
+        lines = "".join(
+            f"echo {i}, GPU-{i}, {name}, 15360 MiB, {capability[0]}.{capability[1]}\n" for i in range(number)
+        )
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        for variable in ("NPROC_PER_NODE", "GPU_SHARES", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(variable, raising=False)
+        for function, value in (
+            ("is_available", True),
+            ("get_device_name", name),
+            ("get_device_capability", capability),
+        ):
+            monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+
+    return have
+
+
+def test_the_whole_check_on_two_one_and_no_longer_supported_gpus(gpus, tmp_path, capsys):
+    cfg, _ = shipped("pytorch-ddp", f"output_dir={tmp_path}/run", "data.name=pydoc")
+    shape = dict(SHAPES[cfg.model.name])
+    AutoConfig.for_model(shape.pop("model_type"), **shape).save_pretrained(tmp_path / "model")
+    cfg.model.name = str(tmp_path / "model")  # neither the Hub nor weights are needed
+    gpus(2, "Tesla T4", (7, 5))
+    plan.check("pytorch-ddp", cfg)
+    two = capsys.readouterr().out
+    assert "7.4 of 15.0 GiB" in two and "an estimate" in two and "one GPU" not in two
+    gpus(1, "Tesla T4", (7, 5))
+    plan.check("pytorch-ddp", cfg)
+    assert "nearly twice the time; on Kaggle choose" in capsys.readouterr().out
+    gpus(1, "Tesla P100-PCIE-16GB", (6, 0))
+    with refused("Tesla P100", "6.0", "GPU T4 x2"):
+        plan.check("pytorch-ddp", cfg)
 
 
 @pytest.mark.parametrize("project", PROJECTS)
