@@ -141,7 +141,8 @@ def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
         return UserError(f"{where} is not in the cache, and HF_HUB_OFFLINE forbids the download: unset it; {local}")
     if any(map(_is_temporary, chain)) or "LocalEntryNotFoundError" in text:
         return UserError(
-            f"{where} cannot be downloaded: no answer from {constants.ENDPOINT}, check the network; {local}"
+            f"{where} cannot be downloaded: no answer from {constants.ENDPOINT}, check the network (on Kaggle: "
+            f"Settings → Internet); {local}"
         )
     return UserError(f"{where} cannot be loaded: {_first_line(error)}")
 

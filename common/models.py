@@ -20,9 +20,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import pydoc_data, smollm2
+from common.attached import attached_model
 from common.config import DataConfig, ModelConfig
 from common.errors import UserError
-from common.hub import explain_hub_error, token
+from common.hub import explain_hub_error, is_hub_id, token
 from common.local_model import check_model_folder
 from common.small_model import DTYPE_KEY
 
@@ -55,8 +56,11 @@ CHATML = (
 
 
 def located(model: ModelConfig) -> ModelConfig:
-    """Where transformers finds `model`: `smollm2` in its folder in the cache, any other under its own name."""
-    return dataclasses.replace(model, name=str(smollm2.folder())) if model.name == smollm2.NAME else model
+    """Where transformers finds `model`: `smollm2` in the cache; the folder of a Hub model that Kaggle has attached."""
+    if model.name == smollm2.NAME:
+        return dataclasses.replace(model, name=str(smollm2.folder()))
+    attached = attached_model(model.name) if is_hub_id(model.name) else None
+    return dataclasses.replace(model, name=str(attached)) if attached else model
 
 
 def load_tokenizer(model: ModelConfig, seed: int = 0) -> PreTrainedTokenizerFast:

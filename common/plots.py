@@ -134,8 +134,8 @@ def _xy(points: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _new_figure(title: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), dpi=120)
-    axes = figure.add_axes((0.11, 0.12, 0.86, 0.8))  # fixed: to find the best margins would take most of a plot's time
+    figure = Figure(figsize=(5.6, 3.5), dpi=150)  # legible at half of a notebook's width
+    axes = figure.add_axes((0.16, 0.16, 0.81, 0.74))  # fixed: to find the best margins would take most of a plot's time
     style_axes(axes, title, y_label)
     return figure, axes
 

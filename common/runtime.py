@@ -70,8 +70,9 @@ def check_device(cfg: BaseConfig, device: torch.device) -> None:
     """Raise `UserError` for a GPU as `check_gpu` does, and for a CPU that `runtime.allow_cpu=false` rules out."""
     if device.type == "cpu" and not cfg.runtime.allow_cpu and not cfg.model.name.startswith("tiny:"):
         raise UserError(
-            f"no GPU found, and model.name={cfg.model.name} would train for days on a CPU: --config smoke.yaml is the "
-            f"run for a CPU; to start this one all the same, set runtime.allow_cpu=true"
+            f"no GPU found, and model.name={cfg.model.name} would train for days on a CPU: on Kaggle choose Settings → "
+            f"Accelerator → GPU T4 x2; --config smoke.yaml is the run for a CPU; to start this one all the same, set "
+            f"runtime.allow_cpu=true"
         )
     check_gpu(device)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -42,7 +43,32 @@ def test_a_packed_notebook_is_small_and_kaggle_takes_its_folder(packed, project,
     first, second, *_ = cells = code_cells(notebook)
     assert first.metadata["_kg_hide-input"] and second.metadata["_kg_hide-input"] and "CODE = " in second.source
     assert nbformat.read(notebook, 4).cells[0].cell_type == "markdown"  # the title is seen first
-    assert not any(cell.outputs for cell in cells)
+    shown = [cell for cell in cells if cell.outputs]
+    assert ["show_figure" in cell.source for cell in shown] == ([True] if kind == "train" else [])  # before any run
+    if kind == "train":
+        assert cells.index(shown[0]) == 2 and "image/svg+xml" in shown[0].outputs[0].data
+
+
+@pytest.mark.parametrize("place", ["packed", "repository"])
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("project", PROJECTS)
+def test_kaggles_client_takes_the_folder(packed, project, kind, place):
+    """The rules of `kernels_push` in kaggle 2.2.5 (kaggle/api/kaggle_api_extended.py), which accepted all of them."""
+    folder = packed / f"{project}-{kind}" if place == "packed" else REPOSITORY / project / "notebooks" / kind
+    metadata = json.loads((folder / "kernel-metadata.json").read_text())
+    keys = {"id", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_internet",
+            "machine_shape", "dataset_sources", "competition_sources", "kernel_sources", "model_sources", "keywords",
+            "docker_image_pinning_type"}  # fmt: skip
+    assert metadata.keys() == keys and (folder / metadata["code_file"]).is_file()
+    owner, slug = metadata["id"].split("/")
+    assert len(metadata["title"]) >= 5 and re.sub(r"[^a-z0-9]+", "-", metadata["title"].lower()) == slug
+    assert (metadata["language"], metadata["kernel_type"]) == ("python", "notebook")
+    assert metadata["docker_image_pinning_type"] in ("original", "latest")
+    assert all(source.split("/")[0] == owner and source.count("/") == 1 for source in metadata["kernel_sources"])
+    for source in metadata["model_sources"]:
+        assert re.fullmatch(r"[\w-]+/[\w.-]+/\w+/[\w.-]+/\d+", source)
+    gated = "Llama-3.2-1B-Instruct" in (REPOSITORY / project / "config.yaml").read_text()
+    assert gated == bool(metadata["model_sources"])  # a push cannot attach HF_TOKEN
 
 
 @pytest.mark.parametrize("project", PROJECTS)

@@ -71,8 +71,8 @@ def test_installing_leaves_the_torch_that_is_there(tmp_path):
     wheel(packages, "deepspeed", "99.0", ["torch>=99"])
     wheel(packages, "transformers", "99.0", ["torch>=99"])
 
-    def python(code: str, find_links: Path) -> subprocess.CompletedProcess:
-        pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(find_links), "PIP_CONFIG_FILE": "/dev/null"}
+    def python(code: str, find_links: Path, **pip: str) -> subprocess.CompletedProcess:
+        pip = {"PIP_FIND_LINKS": str(find_links), "PIP_CONFIG_FILE": "/dev/null"} | (pip or {"PIP_NO_INDEX": "1"})
         command = [str(tmp_path / "venv/bin/python"), "-c", code]
         return subprocess.run(command, cwd=tmp_path, env=environment(cold=True, **pip), capture_output=True, text=True)
 
@@ -82,6 +82,9 @@ def test_installing_leaves_the_torch_that_is_there(tmp_path):
     assert (
         "CellFailed: pip could not install deepspeed" in failed.stderr and "No matching distribution" in failed.stderr
     )
+    offline = python(INSTALL.format("deepspeed"), empty, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1")
+    line = offline.stderr.splitlines()[-1]
+    assert "CellFailed: deepspeed" in line and "cannot be installed" in line and "Settings → Internet" in line
 
     done = python(INSTALL.format("deepspeed"), packages)
     assert done.returncode == 0, done.stderr

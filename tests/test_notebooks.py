@@ -2,6 +2,7 @@
 
 import ast
 import html
+import io
 import json
 import os
 import re
@@ -16,11 +17,13 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, refused
-from hub_content import assert_base_is_kept
-from launching import UNDER_RAY, environment, metrics
+from hub_content import assert_base_is_kept, qwen2
+from launching import FOUNDRY, environment, metrics
 from nbclient.exceptions import CellExecutionError
+from PIL import Image, ImageColor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.plots import COLOURS
 from tools import kaggle, notebook, notebook_files, notebook_record
 
 SOURCES = sorted(REPOSITORY.glob("*/notebooks/*.py"))
@@ -119,12 +122,18 @@ def texts_of(output: nbformat.NotebookNode) -> list[str]:
     return [output.text] if "text" in output else [v for k, v in output.data.items() if not k.startswith("image/")]
 
 
-def execute(path, edits: list[str], folder, **variables: str) -> str:
-    """Run all cells in `folder`, with `edits` below the parameters; what they printed and displayed."""
-    found = nbformat.read(path, 4)
-    cold = folder.parent.name in UNDER_RAY
-    notebook_record.execute(found, edits, folder, env=environment(cold=cold, **variables))
-    return shown(found)
+def execute(project: str, kind: str, edits: list[str], folder: Path, **variables: str) -> str:
+    """Run all cells of the packed notebook in `folder`, with `edits` below the parameters; what they have shown."""
+    kaggle.write(REPOSITORY, folder / "packed", [project], "somebody")
+    found = nbformat.read(folder / f"packed/{project}-{kind}/{project}-{kind}.ipynb", 4)
+    code = folder / "multi-gpu-fine-tuning"
+    if project == FOUNDRY and not code.exists():
+        code.mkdir()
+        (code / ".venv-foundry").symlink_to((REPOSITORY / ".venv-foundry").resolve())
+    notebook_record.execute(found, edits, folder, env=environment(cold=True, **variables))  # a zygote would serve once
+    output = shown(found)
+    assert f"The code is in {code}" in output
+    return output
 
 
 def shown(found: nbformat.NotebookNode) -> str:
@@ -137,21 +146,24 @@ def shown(found: nbformat.NotebookNode) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("project", PROJECTS)
 def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, project):
-    """Only the number of steps, and of trials, is changed; and the newest checkpoint is uploaded too."""
+    """Only the number of steps, and of trials, is changed; and the newest checkpoint is uploaded too.
+
+    From the packed notebooks, in a folder with nothing of the repository.
+    """
     steps = STEPS.get(project, 3)
     processes = PROCESSES.get(project, 2)
     variables = hub.environment(tmp_path / "home", token="hf_writer") | {"NPROC_PER_NODE": str(processes)}
-    run, folder = tmp_path / "runs/first", REPOSITORY / project / "notebooks"
+    run = tmp_path / "runs/first"
     settings = [f"train.max_steps={steps}", "hub.push_checkpoints=true", "runtime.allow_cpu=true"]
     settings += TRIALS.get(project, [])
     edits = [f"RUN = Path({str(run)!r})", f"SETTINGS = {settings}"]
-    trained = execute(folder / "train.ipynb", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], folder, **variables)
+    trained = execute(project, "train", [*edits, f'HUB_REPOSITORY = "writer/{project}"'], tmp_path, **variables)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "completed"
     if project != "llm-foundry-finetune":  # whose first steps of 85 of warm-up to 1e-6 move nothing
         assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert len([record for record in metrics(run) if "loss" in record]) == steps
-    assert trained.count("image/png") >= 4 and "image/svg+xml" in trained
+    assert trained.count("image/png") >= 1 and "image/svg+xml" in trained
     assert f"none: the CPU computes, in {processes} process" in trained
     uploaded, names = hub.root / "models/writer" / project, yaml.safe_load((run / "config.yaml").read_text())
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "model")("We show that")["input_ids"]])
@@ -171,7 +183,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     if names["tracking"]["backend"] == "wandb":
         assert list((tmp_path / "runs").rglob("*.wandb")), "no offline W&B run"
 
-    evaluated = execute(folder / "eval.ipynb", edits, folder, **variables)
+    evaluated = execute(project, "eval", edits, tmp_path, **variables)
     results = json.loads((run / "eval.json").read_text())
     assert results["base"]["loss"] == pytest.approx(summary["eval_loss_before"], rel=1e-5)
     assert results["fine_tuned"]["loss"] == pytest.approx(summary["eval_loss_after"], rel=1e-5)
@@ -188,13 +200,13 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
 
 @pytest.mark.slow
 def test_an_evaluation_without_a_training_says_which_notebook_to_run(tmp_path):
-    folder = REPOSITORY / "pytorch-ddp/notebooks"
     with pytest.raises(CellExecutionError, match=r"run train\.ipynb first"):
-        execute(folder / "eval.ipynb", [f"RUN = Path({str(tmp_path)!r})"], folder)
+        execute("pytorch-ddp", "eval", [f"RUN = Path({str(tmp_path / 'run')!r})"], tmp_path)
 
 
-# As config.yaml's, but embedded and small.
-SMALL = ["model.name=tiny:qwen2", "data.name=pydoc", "data.train_rows=99", "data.eval_rows=9", "data.max_length=64"]
+# As config.yaml's, but small and embedded.
+FEW = ["data.name=pydoc", "data.train_rows=99", "data.eval_rows=9", "data.max_length=64"]
+SMALL = ["model.name=tiny:qwen2", *FEW]
 # Starts a command where / has what it has here, and its second argument as /kaggle; the first is an empty folder.
 KAGGLE_MACHINE = """
 set -e
@@ -229,10 +241,10 @@ def packed(kind: str, folder: Path) -> None:
     jupytext.write(notebook, folder / f"{kind}.py", fmt="py:percent")
 
 
-def record(path: Path | str, *settings: str, before: list = ()) -> subprocess.CompletedProcess:
+def record(path: Path | str, *settings: str, before: list = (), **more: str) -> subprocess.CompletedProcess:
     command = [*before, sys.executable, "-m", "tools.notebook_record", str(path), *settings]
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    variables = environment(cold=bool(before), **safe)
+    variables = environment(cold=bool(before), **safe, **more)
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
 
 
@@ -256,28 +268,32 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
 
 @pytest.mark.slow
 def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third(tmp_path):
-    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and nothing else.
+    """With a real /kaggle, of which a session gets what an earlier one left in /kaggle/working, and a model as input.
 
-    The notebooks carry their code: there is neither a repository nor one to fetch."""
+    The notebooks carry their code: there is neither a repository nor one to fetch. Nor is there a Hub."""
     if subprocess.run([*NAMESPACE, "true"]).returncode:
         pytest.skip("this machine permits no mounts of one's own")
 
     def session(number: int, kind: str, *settings: str) -> tuple[str, Path, Path]:
         kaggle_root = tmp_path / f"session-{number}"
-        (kaggle_root / "input").mkdir(parents=True)
+        model = kaggle_root / "input/models/qwen-lm/qwen2/transformers/0.5b-instruct/1"
+        model.mkdir(parents=True)
+        qwen2(model)
         if number > 1:
             (tmp_path / f"session-{number - 1}/working").rename(kaggle_root / "input/earlier")
         packed(kind, kaggle_root / "working")
         root = tmp_path / "root"
         root.mkdir(exist_ok=True)
         before = [*NAMESPACE, "bash", "-c", KAGGLE_MACHINE, str(root), str(kaggle_root)]
-        done = record(f"/kaggle/working/{kind}.py", *SMALL, "train.max_steps=4", *settings, before=before)
+        few = [*FEW, "train.max_steps=4", "runtime.allow_cpu=true", *settings]
+        done = record(f"/kaggle/working/{kind}.py", *few, before=before, HF_ENDPOINT="http://127.0.0.1:9")
         assert done.returncode == 0, done
         assert (kaggle_root / "temp/multi-gpu-fine-tuning/tools/notebook.py").is_file()
         output = shown(nbformat.read(kaggle_root / f"working/{kind}.ipynb", 4))
         return output, kaggle_root / "working/pytorch-ddp", kaggle_root / "temp/runs/pytorch-ddp"
 
     output, kept, _ = session(1, "train", "runtime.max_hours=1e-6")  # over after its first step
+    assert "attached: /kaggle/input/models/qwen-lm/qwen2/transformers/0.5b-instruct/1" in output
     assert "attach its output as input" in output and "in /kaggle/working/pytorch-ddp" in output
     assert [path.name for path in (kept / "checkpoints").iterdir()] == ["step-00000001"]
     assert not (kept / "model").exists()
@@ -285,6 +301,7 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
     output, kept, run = session(2, "train")
     assert "Resuming from the checkpoint of step 1" in output
     assert [record["step"] for record in metrics(kept) if "loss" in record] == [1, 2, 3, 4]
+    assert "base_model: Qwen/Qwen2-0.5B-Instruct" in (kept / "model/README.md").read_text()
     assert (kept / "model/model.safetensors").is_file() and not (kept / "checkpoints").exists()
     assert (run / "checkpoints/step-00000004").is_dir()  # too large to keep, and not needed
 
@@ -334,6 +351,17 @@ def test_a_run_folder_in_the_settings_is_refused_for_the_cells_below_read_anothe
         notebook.launch("pytorch-ddp", "smoke.yaml", "output_dir=runs/first", "output_dir=mine")
 
 
+@pytest.mark.slow
+def test_a_run_that_cannot_work_here_is_not_launched(tmp_path, capsys):
+    with pytest.raises(
+        notebook.CellFailed, match=r"^error: no GPU found.*Settings → Accelerator → GPU T4 x2"
+    ) as caught:
+        notebook.launch("llm-foundry-finetune", "config.yaml", f"output_dir={tmp_path}/run")
+    (line,) = caught.value._render_traceback_()
+    assert "\n" not in line and not (tmp_path / "run").exists()
+    assert "Building" not in capsys.readouterr().out  # nor is LLM Foundry's environment
+
+
 def test_only_the_gpus_that_cuda_sees_are_counted(tmp_path, monkeypatch):
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i$i$i, Tesla T4, 15360 MiB, 7.5; done\n")
@@ -347,6 +375,25 @@ def test_only_the_gpus_that_cuda_sees_are_counted(tmp_path, monkeypatch):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         assert len(notebook.gpus()) == count and notebook.processes() == (count or 2)
     assert notebook.gpus() == []
+
+
+def test_plots_of_one_size_are_shown_two_by_two_in_their_own_colours(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    for name, size in (("loss", (840, 525)), ("rate", (840, 525)), ("speed", (840, 525)), ("wide", (1080, 600))):
+        picture = Image.effect_noise(size, 40).convert("RGB")  # a busy picture, in which lines are thin
+        for number, colour in enumerate(COLOURS):
+            picture.paste(colour, (0, 40 * number, size[0], 40 * number + 2))
+        (tmp_path / "plots").mkdir(exist_ok=True)
+        picture.save(tmp_path / f"plots/{name}.png")
+    notebook.show_plots(tmp_path, "loss", "rate", "speed", "missing", "wide")
+    sheet, wide = (Image.open(io.BytesIO(image.data)) for image in shown)
+    assert sheet.size == (1680, 1050) and wide.size == (1080, 600)
+    assert [image.width for image in shown] == [840, 810] and shown[0].alt == "loss, rate, speed of the run"
+    for number, colour in enumerate(COLOURS):
+        for picture, at in ((sheet, (5, 40 * number)), (sheet, (845, 525 + 40 * number)), (wide, (5, 40 * number))):
+            expected = ImageColor.getrgb(colour) if at[0] == 5 else (255, 255, 255)  # three plots: the fourth is blank
+            assert picture.convert("RGB").getpixel(at) == expected
 
 
 def test_an_evaluation_without_samples_shows_none(tmp_path, capsys):

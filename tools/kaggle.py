@@ -87,7 +87,7 @@ def revision(repository: Path) -> str:
 
 
 def packed_notebook(repository: Path, project: str, kind: str, content: bytes, commit: str) -> str:
-    """The notebook `kind` of the project without outputs, with a cell that unpacks `content` in front."""
+    """The notebook `kind` of the project with a cell that unpacks `content`, and no outputs but the picture."""
     notebook = nbformat.read(repository / project / f"notebooks/{kind}.ipynb", 4)
     text = base64.b85encode(content).decode()
     lines = "\n".join(text[i : i + WIDTH] for i in range(0, len(text), WIDTH))
@@ -97,7 +97,8 @@ def packed_notebook(repository: Path, project: str, kind: str, content: bytes, c
     cell.id = "packed"
     for each in notebook.cells:
         if each.cell_type == "code":
-            each.outputs, each.execution_count = [], None
+            each.outputs = each.outputs if "notebook.show_figure(" in each.source else []
+            each.execution_count = None
     first = next(i for i, each in enumerate(notebook.cells) if each.cell_type == "code")  # the title comes first
     notebook.cells.insert(first, cell)
     return nbformat.writes(notebook, version=4) + "\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,10 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KAGGLE = Path("/kaggle")
@@ -63,6 +68,11 @@ def install(extra: str) -> None:
             constraint.flush()
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraint.name, *lacking]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode and re.search("NewConnectionError|NameResolutionError|Network is unreachable", done.stdout):
+            raise CellFailed(
+                f"{', '.join(lacking)} cannot be installed, the package index does not answer: on Kaggle choose "
+                "Settings → Internet → On"
+            )
         if done.returncode:
             raise CellFailed(f"pip could not install {', '.join(lacking)}:\n{done.stdout[-2000:]}")
         importlib.invalidate_caches()
@@ -164,8 +174,10 @@ def earlier_checkpoint(project: str, run: Path) -> list[str]:
 def launch(project: str, config: str, *settings: str) -> None:
     """Start the project's launch.sh and show what it prints. Of equal keys in `settings` the last one counts.
 
-    Raises `CellFailed` if the training fails.
+    Before that, what the run needs and what this machine has (`tools/plan.py`). Raises `CellFailed` if that is too
+    little, and if the training fails.
     """
+    _show([sys.executable, "-m", "tools.plan", project, "--config", config, *settings])
     _show([f"{project}/launch.sh", "--config", config, *settings])
 
 
@@ -257,16 +269,42 @@ def show_versions(run: Path) -> None:
 
 
 def show_plots(run: Path, *names: str) -> None:
-    """The run's plots, those of `names` that were drawn."""
+    """The run's plots, those of `names` that were drawn; neighbours of one size two by two, in one picture."""
     from IPython.display import Image, display
     from PIL import Image as Picture
 
-    for name in names:
-        if (path := run / "plots" / f"{name}.png").is_file():
-            picture, small = Picture.open(path).convert("RGB"), io.BytesIO()
-            picture.quantize(128).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
-            width = min(picture.width * 3 // 4, PAGE_WIDTH)
-            display(Image(data=small.getvalue(), width=width, alt=f"{name} of the run"))
+    paths = [path for name in names if (path := run / "plots" / f"{name}.png").is_file()]
+    for (width, height), same in itertools.groupby(paths, key=lambda path: Picture.open(path).size):
+        group = list(same)
+        columns = min(2, len(group))
+        sheet = Picture.new("RGB", (columns * width, -(-len(group) // columns) * height), "white")
+        for i, path in enumerate(group):
+            sheet.paste(Picture.open(path), (i % columns * width, i // columns * height))
+        small = io.BytesIO()
+        few_colours(sheet).save(small, "PNG", optimize=True)  # a third of the bytes, for the notebook's file
+        title = ", ".join(path.stem for path in group)
+        display(Image(data=small.getvalue(), width=min(sheet.width * 3 // 4, PAGE_WIDTH), alt=f"{title} of the run"))
+
+
+def few_colours(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture in the plots' own colours and their mixtures with white.
+
+    A palette that is chosen by how much of the picture a colour fills gives two thin lines one colour.
+    """
+    from PIL import Image, ImageColor
+
+    from common.plots import COLOURS
+
+    steps = 18  # Pillow looks colours up in a grid of four levels: closer ones would be taken for each other
+    shades = [
+        255 + (level - 255) * step // (steps - 1)
+        for colour in COLOURS
+        for step in range(steps)
+        for level in ImageColor.getrgb(colour)
+    ]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(shades)
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def show_measured(project: str) -> None:
@@ -292,7 +330,7 @@ def keep(run: Path, project: str) -> None:
         checkpoints = sorted((run / "checkpoints").glob("step-*"))[-1:]
         _copy(run, target, [*RECORDS, *(["model"] if completed else [f"checkpoints/{p.name}" for p in checkpoints])])
     for path in sorted(path for path in target.iterdir() if not path.name.startswith(".")):
-        print(f"{math.ceil(_bytes(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
+        print(f"{math.ceil(size(path) / 1e5) / 10:9,.1f} MB  {path.name}")  # rounded up, as du does
     print(f"in {target}")
     if not completed and target == run:
         print("The run is not complete: run the training cell again to resume it.")
@@ -304,10 +342,10 @@ def keep(run: Path, project: str) -> None:
 
 def _copy(run: Path, target: Path, names: list[str]) -> None:
     there = [run / name for name in names if (run / name).exists()]
-    size = sum(map(_bytes, there))
-    if size > KAGGLE_KEEPS_GB * 1e9:
+    total = sum(map(size, there))
+    if total > KAGGLE_KEEPS_GB * 1e9:
         raise CellFailed(
-            f"{size / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
+            f"{total / 1e9:.1f} GB are more than the {KAGGLE_KEEPS_GB} that Kaggle keeps: until the session ends, they "
             f"are in {run}"
         )
     shutil.rmtree(target, ignore_errors=True)
@@ -317,8 +355,8 @@ def _copy(run: Path, target: Path, names: list[str]) -> None:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
 
 
-def _bytes(path: Path) -> int:
-    """Of a file, or of all files in a folder."""
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 

@@ -27,6 +27,9 @@ from tools.results import code_block, origin, tables
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 SHOWN_CODE = re.compile(r"^notebook\.show_code\((.*)\)$", re.DOTALL)
 CITED = re.compile(r'^repository-code: ".*"$', re.MULTILINE)
+# Kaggle's own copies of models that are gated on the Hub: a push cannot attach the secret HF_TOKEN.
+LLAMA = "metaresearch/llama-3.2/transformers/1b-instruct/1"
+MODELS = {"deepspeed-offload": [LLAMA], "deepspeed-pipeline": [LLAMA]}
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
@@ -98,7 +101,9 @@ def kernel_metadata(project: str, kind: str, owner: str, notebook: str) -> str:
                 "dataset_sources": [],
                 "competition_sources": [],
                 "kernel_sources": [f"{owner}/{project}-train"] if kind == "eval" else [],
-                "model_sources": [],
+                "model_sources": MODELS.get(project, []),
+                "keywords": ["gpu", "nlp", "pytorch"],
+                "docker_image_pinning_type": "latest",  # what it lacks is installed, and its torch is kept
             },
             indent=1,
         )

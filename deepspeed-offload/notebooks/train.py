@@ -16,7 +16,8 @@
 # This notebook starts
 # [`deepspeed-offload/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-offload/train.py)
 # on one GPU and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
-# accelerator **GPU T4 x2** and switch the internet on.
+# accelerator **GPU T4 x2** and switch the internet on. Training takes about 40 minutes on one T4: an estimate, not
+# yet measured.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 # Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
@@ -45,17 +46,17 @@ elif here is None:
 sys.path.insert(0, str(here))
 print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 from tools import notebook
 
+notebook.show_figure("deepspeed-offload/offload.svg")
+
+# %%
 notebook.install("deepspeed")
 notebook.check_machine(1)
 
 # %% [markdown]
 # ## How it works
-
-# %%
-notebook.show_figure("deepspeed-offload/offload.svg")
 
 # %%
 notebook.show_code("deepspeed-offload/train.py build_model", "deepspeed-offload/train.py train_step")
@@ -75,9 +76,10 @@ RUN = notebook.runs_folder() / "deepspeed-offload"
 # %% [markdown]
 # ## Secrets
 #
-# **Llama is gated**: ask for access on its page on the Hub, and set `HF_TOKEN`. `WANDB_API_KEY` is for watching the
-# run in W&B; without one it is logged offline. They come from Kaggle's secrets (*Add-ons → Secrets*) or the
-# environment, and go into no file and no output.
+# **Llama is gated**: ask for access on its page on the Hub, and set `HF_TOKEN`; or attach Kaggle's own copy as input
+# (*Llama 3.2, Transformers, 1b-instruct*), which needs no token. `WANDB_API_KEY` is for watching the run in W&B;
+# without one it is logged offline. They come from Kaggle's secrets (*Add-ons → Secrets*) or the environment, and go
+# into no file and no output.
 
 # %%
 notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
@@ -86,8 +88,9 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # ## Train
 #
 # One GPU is enough; the first run compiles DeepSpeed's AdamW, a minute or two. The run saves a checkpoint before
-# Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes
-# from there. The output is the script's own; if it fails, the cell fails.
+# Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes from
+# there. The output is the script's own; if it fails, the cell fails. First, a check compares what the run needs with
+# this machine and estimates the time; after 20 steps the progress bar knows better.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

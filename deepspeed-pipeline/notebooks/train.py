@@ -16,7 +16,10 @@
 # This notebook starts
 # [`deepspeed-pipeline/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/deepspeed-pipeline/train.py)
 # on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
-# accelerator **GPU T4 x2** and switch the internet on.
+# accelerator **GPU T4 x2** and switch the internet on. Training takes about 30 minutes on two T4s: an estimate, not
+# yet measured.
+#
+# The picture is drawn with four stages, where the pattern is seen best; two GPUs make two stages.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 # Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
@@ -45,19 +48,17 @@ elif here is None:
 sys.path.insert(0, str(here))
 print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 from tools import notebook
 
+notebook.show_figure("deepspeed-pipeline/pipeline.svg")
+
+# %%
 notebook.install("deepspeed")
 notebook.check_machine()
 
 # %% [markdown]
 # ## How it works
-#
-# Drawn with four stages, where the pattern is seen best; two GPUs make two stages.
-
-# %%
-notebook.show_figure("deepspeed-pipeline/pipeline.svg")
 
 # %%
 notebook.show_code("deepspeed-pipeline/train.py build_model", "deepspeed-pipeline/train.py train_step")
@@ -77,9 +78,10 @@ RUN = notebook.runs_folder() / "deepspeed-pipeline"
 # %% [markdown]
 # ## Secrets
 #
-# **Llama is gated**: ask for access on its page on the Hub, and set `HF_TOKEN`. `WANDB_API_KEY` is for watching the
-# run in W&B; without one it is logged offline. They come from Kaggle's secrets (*Add-ons → Secrets*) or the
-# environment, and go into no file and no output.
+# **Llama is gated**: ask for access on its page on the Hub, and set `HF_TOKEN`; or attach Kaggle's own copy as input
+# (*Llama 3.2, Transformers, 1b-instruct*), which needs no token. `WANDB_API_KEY` is for watching the run in W&B;
+# without one it is logged offline. They come from Kaggle's secrets (*Add-ons → Secrets*) or the environment, and go
+# into no file and no output.
 
 # %%
 notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
@@ -87,9 +89,10 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # %% [markdown]
 # ## Train
 #
-# A stage on each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); if an
-# earlier session's output is attached as input, it resumes from there. The output is the script's own; if it fails,
-# the cell fails.
+# A stage on each GPU. The run saves a checkpoint before Kaggle ends the session (`runtime.max_hours`); if an earlier
+# session's output is attached as input, it resumes from there. The output is the script's own; if it fails, the cell
+# fails. First, a check compares what the run needs with this machine and estimates the time; after 20 steps the
+# progress bar knows better.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

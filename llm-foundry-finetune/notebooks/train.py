@@ -16,7 +16,8 @@
 # This notebook starts
 # [`llm-foundry-finetune/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/llm-foundry-finetune/train.py)
 # on all GPUs and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
-# accelerator **GPU T4 x2** and switch the internet on.
+# accelerator **GPU T4 x2** and switch the internet on. Training takes about 5 hours on two T4s: an estimate, not yet
+# measured.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 # Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
@@ -45,17 +46,17 @@ elif here is None:
 sys.path.insert(0, str(here))
 print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 from tools import notebook
 
+notebook.show_figure("llm-foundry-finetune/foundry.svg")
+
+# %%
 notebook.install("fsdp")
 notebook.check_machine()
 
 # %% [markdown]
 # ## How it works
-
-# %%
-notebook.show_figure("llm-foundry-finetune/foundry.svg")
 
 # %%
 notebook.show_code("llm-foundry-finetune/foundry.yaml model", "llm-foundry-finetune/foundry.yaml fsdp_config")
@@ -86,8 +87,9 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 #
 # The first start builds LLM Foundry's own environment, since it pins older versions of everything: 7 GB, a few
 # minutes. Kaggle's environment stays as it is. The run saves a checkpoint before Kaggle ends the session
-# (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes from there. The output is
-# the script's own; if it fails, the cell fails.
+# (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes from there. The output is the
+# script's own; if it fails, the cell fails. First, a check compares what the run needs with this machine and
+# estimates the time; after 20 steps the progress bar knows better.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

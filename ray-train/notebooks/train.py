@@ -15,7 +15,10 @@
 # This notebook starts
 # [`ray-train/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-train/train.py) in a worker on
 # each GPU and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
-# accelerator **GPU T4 x2** and switch the internet on.
+# accelerator **GPU T4 x2** and switch the internet on. Training takes about 80 minutes on two T4s: an estimate, not
+# yet measured.
+#
+# The picture is drawn with two machines of two GPUs each; one machine will do.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 # Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
@@ -44,19 +47,17 @@ elif here is None:
 sys.path.insert(0, str(here))
 print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 from tools import notebook
 
+notebook.show_figure("ray-train/ray.svg")
+
+# %%
 notebook.install("ray")
 notebook.check_machine()
 
 # %% [markdown]
 # ## How it works
-#
-# Drawn with two machines of two GPUs each; one machine will do.
-
-# %%
-notebook.show_figure("ray-train/ray.svg")
 
 # %%
 notebook.show_code("ray-train/train.py build_model", "ray-train/train.py train_step")
@@ -85,9 +86,10 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 # %% [markdown]
 # ## Train
 #
-# A worker on each GPU, in a Ray cluster that is started for the run and gone with it. The run saves a checkpoint before
-# Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it resumes from
-# there. The output is the script's own; if it fails, the cell fails.
+# A worker on each GPU, in a Ray cluster that is started for the run and gone with it. The run saves a checkpoint
+# before Kaggle ends the session (`runtime.max_hours`); if an earlier session's output is attached as input, it
+# resumes from there. The output is the script's own; if it fails, the cell fails. First, a check compares what the
+# run needs with this machine and estimates the time; after 20 steps the progress bar knows better.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}"]

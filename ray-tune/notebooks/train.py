@@ -16,7 +16,8 @@
 # This notebook starts
 # [`ray-tune/train.py`](https://github.com/OWNER/multi-gpu-fine-tuning/blob/main/ray-tune/train.py) on all GPUs, a
 # trial on each, and shows what came out. The script is the lesson: read it from top to bottom. On Kaggle choose the
-# accelerator **GPU T4 x2** and switch the internet on.
+# accelerator **GPU T4 x2** and switch the internet on. The search takes about 30 minutes on two T4s: an estimate, not
+# yet measured.
 
 # %% _kg_hide-input=true jupyter={"source_hidden": true}
 # Finds the code: the repository around this notebook, what a packed notebook unpacked, an attached dataset, or CODE.
@@ -45,17 +46,17 @@ elif here is None:
 sys.path.insert(0, str(here))
 print("The code is", f"in {here}" if here == scratch else "in the repository of this notebook")
 
-# %%
+# %% _kg_hide-input=true jupyter={"source_hidden": true}
 from tools import notebook
 
+notebook.show_figure("ray-tune/asha.svg")
+
+# %%
 notebook.install("ray")
 notebook.check_machine()
 
 # %% [markdown]
 # ## How it works
-
-# %%
-notebook.show_figure("ray-tune/asha.svg")
 
 # %%
 notebook.show_code("ray-tune/train.py run_trials", "ray-tune/trial.py train_step")
@@ -86,7 +87,8 @@ notebook.use_secrets("HF_TOKEN", "WANDB_API_KEY")
 #
 # A trial at a time on each GPU. The best one is trained to the full budget, if it did not get there in the search. A
 # search that was stopped resumes when the cell is run again in the same session. The output is the script's own; if
-# it fails, the cell fails.
+# it fails, the cell fails. First, a check compares what the run needs with this machine and estimates the time; after
+# 20 steps the progress bar knows better.
 
 # %%
 settings = [f"output_dir={RUN}", f"hub.repo_id={HUB_REPOSITORY}", *SETTINGS]
