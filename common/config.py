@@ -122,6 +122,14 @@ class HubConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Section `export`: the form of model/, which a run leaves behind."""
+
+    dtype: str = key("fp32", "type of model/'s weights; fp16, bf16: half the size, rounded from the fp32 that trained",
+                     choices=("fp32", "fp16", "bf16"))  # fmt: skip
+
+
+@dataclass
 class RuntimeConfig:
     """Section `runtime`: limits of memory and time, and whether a CPU will do."""
 
@@ -141,6 +149,7 @@ class BaseConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = key(42, "seeds the tiny model's weights, the order of the data and every random number", minimum=0)

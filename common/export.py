@@ -27,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from common import models
 from common.config import ModelConfig
 from common.errors import UserError
+from common.runtime import DTYPES
 from common.small_model import DTYPE_KEY, small_copies, transformers_class
 
 if TYPE_CHECKING:
@@ -41,15 +42,18 @@ MIB = 2**20
 class Export:
     """Writes `folder` for a model trained from `base`: made before the training, used by the main process after it.
 
+    The weights are written in `dtype`: fp32, fp16 or bf16.
+
     Raises `UserError` if the base's files are unavailable, and if a model of its kind could not be read back.
     """
 
-    def __init__(self, base: ModelConfig, folder: Path):
+    def __init__(self, base: ModelConfig, folder: Path, dtype: str = "fp32"):
         self.folder, self._partial = folder, folder.with_name(f".writing-{folder.name}")
+        self._dtype = DTYPES[dtype]
         self._shape = models.empty_model(base)  # without weights: names, class and configuration
         source = models.base_folder(base)
         self._files = kept_files(source) if source else made_files(base, self._shape)
-        self._files["config.json"] = config_json(self._shape, source)
+        self._files["config.json"] = config_json(self._shape, source, self._dtype)
         self._rehearse(base)
 
     def _rehearse(self, base: ModelConfig) -> None:
@@ -60,7 +64,7 @@ class Export:
                 with self._new_folder():
                     settings = small.config.to_json_string(use_diff=False)
                     self._write_files(self._files | {"config.json": settings.encode()})
-                    write_weights(small, small, self._partial, part_size=0)
+                    write_weights(small, small, self._partial, dtype=self._dtype, part_size=0)
                     self._write_files({"config.json": self._files["config.json"]})
                     _read_files(base, self._partial)
                 return
@@ -80,7 +84,7 @@ class Export:
         """
         with self._new_folder():
             self._write_files(self._files | {"README.md": card.encode()})
-            write_weights(model, self._shape, self._partial, gather)
+            write_weights(model, self._shape, self._partial, gather, self._dtype)
             shutil.rmtree(self.folder, ignore_errors=True)
             self._partial.rename(self.folder)
 
@@ -134,17 +138,18 @@ def made_files(base: ModelConfig, shape: PreTrainedModel) -> dict[str, bytes]:
         return kept_files(Path(folder))
 
 
-def config_json(shape: PreTrainedModel, source: Path | None) -> bytes:
+def config_json(shape: PreTrainedModel, source: Path | None, dtype: torch.dtype) -> bytes:
     """The base's config.json with the trained weights' class and type, and otherwise as it was."""
     settings = json.loads((source / "config.json").read_bytes()) if source else {}
     if settings.get("model_type") != shape.config.model_type:  # no folder, or a part of a larger model's configuration
         settings = json.loads(shape.config.to_json_string())
+    name = str(dtype).removeprefix("torch.")
     for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in part:
-                part[key] = "float32"
+                part[key] = name
     if "dtype" not in settings:  # as transformers 4 and 5 both read it
-        settings["torch_dtype"] = "float32"
+        settings["torch_dtype"] = name
     settings["architectures"] = [transformers_class(shape).__name__]
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -200,23 +205,34 @@ def write_weights(
     shape: PreTrainedModel,
     folder: Path,
     gather: Callable[[Tensor], Tensor] = Tensor.detach,
+    dtype: torch.dtype = torch.float32,
     part_size: int | None = None,
 ) -> None:
-    """Write `model`'s weights to `folder`, in safetensors files of FILE_SIZE or one layer, and read them back.
+    """Write `model`'s weights as `dtype` to `folder`, in safetensors files of FILE_SIZE or one layer; read them back.
 
     `shape` is the same model before it was wrapped or sharded, and may be empty. `gather` gives the whole of a sharded
     tensor, in fp32; it is called once for each, in the same order on every rank. `folder` holds a config.json.
-    Raises `UserError` if transformers would read another model from `folder`.
+    Raises `UserError` if transformers would read another model from `folder`, and if a weight is too large for fp16.
     """
+
+    def rounded(tensor: Tensor) -> Tensor:
+        result = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if dtype == torch.float16 and result.isinf().any():
+            too_large.append(result)
+        return result
+
+    too_large: list[Tensor] = []
     files: list[Path] = []
     checksums: dict[str, int] = {}
     for part in parts(model, FILE_SIZE if part_size is None else part_size):
-        whole = gathered(part, lambda tensor: gather(tensor).cpu().contiguous())
+        whole = gathered(part, lambda tensor: rounded(gather(tensor)).cpu().contiguous())
         checksums |= {name: _checksum(tensor) for name, tensor in whole.items()}
         files.append(_save_part(shape, whole, folder, len(files)))
         del whole
+    if too_large:  # said here only: other ranks take part in all of `gather`
+        raise UserError("export.dtype=fp16: a weight is beyond 65,504, fp16's largest number: set it to bf16 or fp32")
     _name_files(files, folder)
-    _read_back(shape, folder, checksums)
+    _read_back(shape, folder, checksums, dtype)
 
 
 def _save_part(shape: PreTrainedModel, tensors: dict[str, Tensor], folder: Path, number: int) -> Path:
@@ -256,7 +272,7 @@ def _name_files(files: list[Path], folder: Path) -> None:
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_back(shape: PreTrainedModel, folder: Path, checksums: dict[str, int]) -> None:
+def _read_back(shape: PreTrainedModel, folder: Path, checksums: dict[str, int], dtype: torch.dtype) -> None:
     """Raise `UserError` unless transformers reads from `folder` the class and the tensors that were written."""
     name = transformers_class(shape).__name__
     try:
@@ -268,7 +284,7 @@ def _read_back(shape: PreTrainedModel, folder: Path, checksums: dict[str, int]) 
         if not problem and type(model).__name__ != name:
             problem = f"it is a {type(model).__name__}"
         if not problem:
-            tensors = model.state_dict()
+            tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
             wrong = [key for key, value in checksums.items() if _checksum(tensors[key]) != value]
             problem = f"other values: {', '.join(wrong[:3])}" if wrong else None
     except Exception as error:
@@ -299,9 +315,9 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_export(base: ModelConfig, folder: Path) -> None:
+def check_export(base: ModelConfig, folder: Path, dtype: str) -> None:
     """Raise `UserError` as `Export` does."""
-    Export(base, folder)
+    Export(base, folder, dtype)
 
 
 def check_space(folder: Path, parameters: int, checkpoints: Path, left_to_train: bool) -> None:

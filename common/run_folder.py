@@ -67,7 +67,7 @@ class RunFolder:
         check_tracker(cfg)
         check_writable(cfg.output_dir)
         if exports:
-            self._export = Export(cfg.model, self.model)
+            self._export = Export(cfg.model, self.model, cfg.export.dtype)
         self._host = HostMemory(launcher_pid())
 
     def begin(

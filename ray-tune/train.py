@@ -53,7 +53,7 @@ def search(cfg: Config) -> None:
     root = Path(cfg.output_dir).resolve()
     only_one = lock(root / ".lock", 0, f"output_dir={cfg.output_dir}: another search is running in it; choose another")
     stop = runtime.StopRequest(cfg.runtime)
-    check_export(cfg.model, root / "model")
+    check_export(cfg.model, root / "model", cfg.export.dtype)
     tokenizer = models.load_tokenizer(cfg.model)
     models.load_model_config(cfg.model, cfg.data)
     rows, held_out = build_dataloaders(cfg, tokenizer)

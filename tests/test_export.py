@@ -23,6 +23,7 @@ from common.config import ModelConfig
 from common.errors import UserError
 from common.export import Export, check_space, gather_all, kept_files, parts
 from common.models import load_model, load_tokenizer
+from common.runtime import DTYPES
 
 # Published files of these have other names and shapes than the modules in memory: experts one by one, joined
 # projections, several halves in one.
@@ -231,6 +232,35 @@ def test_a_model_that_cannot_be_read_back_is_refused_before_the_training(tmp_pat
     with refused("LlamaForCausalLM", "missing", "nothing was exported"):
         Export(ModelConfig("tiny:llama"), tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_16_bits_are_those_of_32_rounded_once(family, dtype, tmp_path):
+    base = ModelConfig(f"tiny:{family}")
+    model = load_model(base, seed=3).eval()
+    Export(base, tmp_path / "fp32").write(model, "", torch.clone)
+    Export(base, tmp_path / "half", dtype).write(model, "", torch.clone)
+    whole, half = tensors_of(tmp_path / "fp32"), tensors_of(tmp_path / "half")
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(half[name], tensor.to(DTYPES[dtype])) for name, tensor in whole.items())
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert reloaded.dtype == DTYPES[dtype]
+    ids = torch.arange(64).reshape(2, 32)
+    with torch.no_grad():
+        expected, logits = model(ids).logits, reloaded.float().eval()(ids).logits
+    rounding = torch.finfo(DTYPES[dtype]).eps
+    assert 0 < (logits - expected).abs().max() < 8 * rounding * expected.abs().max()
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_exported(tmp_path):
+    base = ModelConfig("tiny:llama")
+    model = load_model(base)
+    model.get_output_embeddings().weight.data[0, 0] = 1e5
+    with refused("export.dtype=fp16", "65,504", "bf16"):
+        Export(base, tmp_path / "model", "fp16").write(model, "", torch.clone)
+    assert not list(tmp_path.iterdir())
+    Export(base, tmp_path / "model", "bf16").write(model, "", torch.clone)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
