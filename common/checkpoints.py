@@ -15,6 +15,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from torch import Tensor
+
 from common.config import BaseConfig, get
 from common.errors import UserError
 
@@ -50,18 +52,22 @@ class Checkpoints:
         """Where a checkpoint is written until it is committed."""
         return self.root / f".writing-{step:08d}"
 
+    def folder(self, step: int) -> Path:
+        """Where it lies once it is committed."""
+        return self.root / f"step-{step:08d}"
+
     def begin(self, step: int) -> None:
         for leftover in self.root.glob(".writing-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
         self.writing(step).mkdir(parents=True)
 
-    def commit(self, step: int) -> Path:
+    def commit(self, step: int) -> None:
         """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
 
         Those of steps that this run did not pass are dropped as well: it resumed from an earlier one, or started
         from scratch, and they belong to another course.
         """
-        folder, final = self.writing(step), self.root / f"step-{step:08d}"
+        folder, final = self.writing(step), self.folder(step)
         files = _fingerprints(folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
         manifest = {"step": step, "identity": self.identity, "files": files}
         manifest["crc32"] = _checksum(manifest)
@@ -77,7 +83,6 @@ class Checkpoints:
         for at, old in found:
             if at not in ours[: self.keep]:
                 _discard(old)
-        return final
 
     def find(self, resume: str) -> tuple[int, Path] | None:
         """The (step, folder) to resume from for `checkpoint.resume`, or None to start from scratch.
@@ -135,6 +140,13 @@ def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint:
         "the model's architecture": architecture,
         DATA: data_fingerprint,
     }
+
+
+def copy_overlap(into: Tensor, begin: int, saved: Tensor, at: int) -> None:
+    """Copy to `into`, which are elements of a row from `begin` on, what `saved`, from `at` on, has of the same ones."""
+    first, last = max(begin, at), min(begin + len(into), at + len(saved))
+    if first < last:
+        into[first - begin : last - begin] = saved[first - at : last - at]
 
 
 def damage(folder: Path) -> str | None:

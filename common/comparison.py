@@ -205,7 +205,7 @@ def _measure(
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     progress = "held-out loss" if accelerator.is_main_process else ""
-    sums = accelerator.reduce(evaluate(CausalLMLoss(model), batches, device, dtype, progress))
+    sums = accelerator.reduce(evaluate(CausalLMLoss(model, dtype), batches, device, progress))
     # A folder is named from the run folder, since the record may be published and the disk it was on may not.
     name = os.path.relpath(source.name, cfg.output_dir) if Path(source.name).is_dir() else source.name
     measured = {

@@ -45,23 +45,17 @@ def held_out_batches(
 
 @torch.no_grad()  # not inference_mode: FSDP's gathered parameters would become inference tensors and spoil training
 def evaluate(
-    model: CausalLMLoss,
-    batches: Sequence[dict[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: str = "",
+    model: CausalLMLoss, batches: Sequence[dict[str, Tensor]], device: torch.device, progress: str = ""
 ) -> Tensor:
     """This rank's sums over `batches`, float64 [3] on `device`: token losses in nats, targets, targets predicted right.
 
-    The caller reduces them over the ranks. Computes under autocast of `dtype` unless that is fp32. `progress` is the
-    label of a progress bar; empty: none.
+    The caller reduces them over the ranks. `progress` is the label of a progress bar; empty: none.
     """
     total = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in track(batches, progress, "batch", len(batches), shown=bool(progress)):
-            total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
+    for batch in track(batches, progress, "batch", len(batches), shown=bool(progress)):
+        total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
     model.train(was_training)
     return total
 

@@ -162,13 +162,25 @@ class RunFolder:
             parts = (f"{name.replace('_', '-')}: {describe_counts(part)}" for name, part in counts.items())
             print(f"Data: {'; '.join(parts)}")
 
-    def log_step(self, step: int, *, seconds: float, tokens: int, **values: float) -> None:
-        """One optimizer step; `values` holds `epoch`, `loss`, `learning_rate` and `grad_norm`."""
+    def log_step(
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+    ) -> None:
+        """One optimizer step of this many tokens, over all ranks, and seconds."""
         if not self.is_main:
             return
         record = {
             "step": step,
-            **values,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
             "step_seconds": round(seconds, 5),
@@ -176,7 +188,7 @@ class RunFolder:
             "peak_host_gib": round(self._host.peak_gib, 3),
         }
         self._write(record)
-        self._progress.update(f"loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
+        self._progress.update(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
 
     def log_evaluation(self, step: int, eval_loss: float) -> None:
         """The held-out loss after `step` optimizer steps (0: before training).

@@ -13,6 +13,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -130,15 +131,20 @@ def check_finite(step: int, loss: float, skipped: int) -> None:
 def only_main_shows_progress(is_main: bool) -> None:
     """Silence the libraries' progress bars: those of short work everywhere, those of downloads on all ranks but one.
 
-    And what torch says of things that are right here: each process has set its device before the first barrier, and
-    the thread that runs the backward gets its CUDA context as it starts.
+    And what torch says of things that are right here: each process has set its device before the first barrier, the
+    thread that runs the backward gets its CUDA context as it starts, and DeepSpeed 0.19 uses names that torch 2.13 has
+    replaced.
     """
     import datasets
     import huggingface_hub.utils
     import transformers
 
-    for message in (r"barrier\(\): using the device", "Attempting to run cuBLAS, but there was no current CUDA"):
-        warnings.filterwarnings("ignore", message, UserWarning)
+    for message in (
+        r"barrier\(\): using the device",
+        "Attempting to run cuBLAS, but there was no current CUDA",
+        ".*(all_gather_into_tensor|reduce_scatter_tensor)",
+    ):
+        warnings.filterwarnings("ignore", message)
     transformers.utils.logging.disable_progress_bar()
     if not is_main:
         datasets.disable_progress_bars()
@@ -152,19 +158,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
-    """Every random number generator of this process, in types that `torch.load(weights_only=True)` accepts."""
+def save_rng(folder: Path, rank: int) -> None:
+    """Write every random number generator of this process to `folder`."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
+    state = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # types that weights_only accepts
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+    torch.save(state, folder / f"rng-{rank}.pt")
 
 
-def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned; the GPU's part only if this process has a GPU."""
+def load_rng(folder: Path, rank: int) -> None:
+    """Restore what `save_rng` wrote, if there was such a rank; the GPU's part only if this process has a GPU."""
+    if not (file := folder / f"rng-{rank}.pt").exists():
+        return
+    state = torch.load(file, weights_only=True)
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])

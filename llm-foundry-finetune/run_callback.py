@@ -119,7 +119,7 @@ class RunFolderCallback(Callback):
         runtime.check_finite(step, loss, self._skipped)
         self.run.log_step(
             step,
-            epoch=round(step / self.prepared.steps_per_epoch, 4),
+            epoch=step / self.prepared.steps_per_epoch,
             loss=loss,
             learning_rate=self._learning_rate,
             grad_norm=next(c.norm for c in state.callbacks if isinstance(c, GradientNorm)),

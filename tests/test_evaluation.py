@@ -53,7 +53,7 @@ def lively_model(family: str = "qwen2", seed: int = 1):
 
 
 def sums_of(model, batches) -> torch.Tensor:
-    return evaluate(CausalLMLoss(model), batches, CPU, torch.float32)
+    return evaluate(CausalLMLoss(model), batches, CPU)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -117,12 +117,12 @@ def test_evaluation_leaves_the_model_as_it_was_and_obeys_the_precision():
     _, rows, tokenizer = held_out()
     model, batches = CausalLMLoss(lively_model()), held_out_batches(rows, 8, tokenizer.pad_token_id)
     model.train()
-    exact = evaluate(model, batches, CPU, torch.float32)
-    rounded = evaluate(model, batches, CPU, torch.bfloat16)
+    exact = evaluate(model, batches, CPU)
+    rounded = evaluate(CausalLMLoss(model.model, autocast=torch.bfloat16), batches, CPU)
     assert model.training and all(p.grad is None for p in model.parameters()) and not rounded.requires_grad
     assert rounded[0] != exact[0] and rounded[0].item() == pytest.approx(exact[0].item(), rel=0.02)
     model.eval()
-    evaluate(model, batches, CPU, torch.float32)
+    evaluate(model, batches, CPU)
     assert not model.training
 
 
