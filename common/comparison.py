@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import filecmp
 import importlib
-import json
 import os
 import re
 import shlex
@@ -29,7 +28,7 @@ from common.config import BaseConfig, ModelConfig, get, load_config
 from common.data import Prompt, describe_counts, load_rows, prompt_tokens, tokenize
 from common.errors import UserError
 from common.evaluation import evaluate, figures, held_out_batches, predicted_bytes
-from common.files import check_writable, write_whole
+from common.files import check_writable, write_json, write_whole
 from common.generation import answer_scores, encode_prompt, generate, make_greedy, questions, without_rest
 from common.loss import CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
@@ -254,7 +253,7 @@ def _answer(
 
 def _write(results: dict[str, Any], run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "eval.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(run_dir / "eval.json", results)
     write_whole(run_dir / "samples.md", _samples_page(results))
     plots.plot_evaluation(run_dir)
 

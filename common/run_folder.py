@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from common.config import BaseConfig, accumulation_steps, save_config
 from common.data import describe_counts
 from common.errors import UserError, full_disk
 from common.export import Export, check_space, gather_all
-from common.files import check_writable, remove, write_whole
+from common.files import check_writable, remove, write_json
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
@@ -302,8 +301,3 @@ class RunFolder:
 
 def _counted(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` atomically, as indented JSON."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")

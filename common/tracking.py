@@ -29,7 +29,7 @@ from packaging.version import Version
 
 from common.config import BaseConfig, flatten
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_json
 from common.redaction import encoded, without_secrets
 
 PATIENCE = 20.0  # seconds that the training waits for its tracker, over the whole run
@@ -465,4 +465,4 @@ def _saved_run_id(run_dir: Path, backend: str) -> str | None:
 
 
 def _save_run_id(run_dir: Path, backend: str, run_id: str) -> None:
-    write_whole(run_dir / "tracking.json", json.dumps({"backend": backend, "run_id": run_id}) + "\n")
+    write_json(run_dir / "tracking.json", {"backend": backend, "run_id": run_id})

@@ -13,9 +13,8 @@ from trials import Record, Spans, Trials, ranking
 from common.checkpoints import IDENTITY
 from common.config import BaseConfig, get, save_config
 from common.errors import UserError
-from common.files import remove
+from common.files import remove, write_json
 from common.report import print_table, read_json
-from common.run_folder import write_json
 
 # With other values of these, it is another search.
 SAME = (*IDENTITY, "data.train_rows", "data.eval_rows", "train.micro_batch_size", "train.max_steps", "train.epochs",
