@@ -101,7 +101,7 @@ kaggle: .venv/ready ## notebooks that carry their code, for Kaggle's import; PRO
 kaggle-push: kaggle ## push them with Kaggle's own client (pip install kaggle); PROJECT=… KAGGLE_USER=…
 	@command -v kaggle >/dev/null || { echo "error: no kaggle client: pip install kaggle, then put its API token in place" >&2; exit 2; }
 	for folder in build/kaggle/$(or $(PROJECT),*)-{train,eval}/; do kaggle kernels push -p "$$folder"; done
-	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor where a notebook needs it"
+	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor if a notebook needs it"
 
 # The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
 .PHONY: record-notebooks

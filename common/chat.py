@@ -21,7 +21,7 @@ def assistant_spans(tokenizer, messages: list[dict[str, Any]], today: str) -> tu
     """The text of a conversation up to the assistant's last turn, the spans [start, end) of it that the assistant
     writes, and whether the template marks them itself.
 
-    `today` (YYYY-MM-DD) is the day that the template takes for today. Raises `UserError` where the template refuses the
+    `today` (YYYY-MM-DD) is the day that the template takes for today. Raises `UserError` if the template refuses the
     turns, or changes an earlier turn when a later one comes, so that its words cannot be found in the text.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -70,13 +70,13 @@ def reported() -> Iterator[None]:
         yield
     except Exception as error:
         mistake = error if isinstance(error, UserError) else full_disk(error)
-        rank = os.environ.get("RANK", "")
-        rank = int(rank) if rank.isdecimal() else 0  # anything else is what common/launched.py complains about
+        number = os.environ.get("RANK", "")
+        rank = int(number) if number.isdecimal() else 0  # anything else is what common/launched.py complains about
         if _launcher_has_spoken():
             if mistake and rank:
                 os._exit(2)  # it is ending this rank because another one met the mistake first
             if not mistake and isinstance(error, RuntimeError):
-                os._exit(1)  # a collective broke off because another rank has left, and that rank has said why
+                os._exit(1)  # a collective broke off because another rank has left, and that rank has printed why
         elif rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)

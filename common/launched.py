@@ -15,11 +15,11 @@ from common.errors import UserError
 
 ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-# What launchers set besides: torchrun, DeepSpeed (LOCAL_SIZE, CROSS_…), Composer (NODE_RANK, BASE_RANK).
+# What else launchers set: torchrun, DeepSpeed (LOCAL_SIZE, CROSS_…), Composer (NODE_RANK, BASE_RANK).
 OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
           "ROLE_RANK", "ROLE_WORLD_SIZE", "NODE_RANK", "BASE_RANK", "TORCHELASTIC_RUN_ID",
           "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
-# Who starts several processes without saying so in RANK: (command, the process's rank, their number).
+# Who starts several processes without setting RANK: (command, the process's rank, their number).
 STARTERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),

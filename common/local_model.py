@@ -67,7 +67,7 @@ def _shards(where: str, index: Path) -> list[str]:
 
 def _check_whole(where: str, file: Path) -> None:
     try:
-        with safe_open(file, "pt"):  # compares the file's size with what its header says
+        with safe_open(file, "pt"):  # compares the file's size with its header
             pass
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -109,7 +109,7 @@ def check_loss(model: nn.Module) -> Callable[..., Tensor]:
     ) from problem
 
 
-@torch.enable_grad()  # also where the caller only evaluates
+@torch.enable_grad()  # even if the caller only evaluates
 def _agreeing_losses(small: nn.Module) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids, other_ids = torch.randint(1, small.config.get_text_config().vocab_size, (2, 2, 16), generator=generator)
@@ -277,7 +277,7 @@ def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (fp32) += a @ b, without rounding the product to the type of a and b where the hardware can."""
+    """total (fp32) += a @ b, without rounding the product to the type of a and b if the hardware can."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later

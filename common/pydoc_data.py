@@ -83,7 +83,7 @@ def _questions(module: str, path: Path):
 
 
 def _answer(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    """The docstring's first paragraphs, up to MOST_CHARACTERS; empty where there is none worth asking for."""
+    """The docstring's first paragraphs, up to MOST_CHARACTERS; empty if there is none worth asking for."""
     text = inspect.cleandoc(ast.get_docstring(node) or "")
     while len(text) > MOST_CHARACTERS and "\n\n" in text:
         text = text[: text.rindex("\n\n")]

@@ -1,7 +1,7 @@
 """The run folder: what a training run leaves behind, written by the main process as it goes.
 
-`config.yaml`, `environment.json`, `metrics.jsonl` (a line an optimizer step, and the held-out losses), `summary.json`,
-`plots/`, `model/`. It is the same for all seven projects, so that they can be compared; the tracker gets a copy.
+`config.yaml`, `environment.json`, `metrics.jsonl` (one line per optimizer step, and the held-out losses),
+`summary.json`, `plots/`, `model/`. It is the same for all seven projects; the tracker gets a copy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RunFolder:
     """Bookkeeping of one run; a context manager that records a failure. It does nothing on ranks but the main one.
 
     If the run `exports` a model at its end, that it can is tried here. Raises `UserError` if it cannot, if the folder
-    cannot be written, and instead of any error that a full disk caused. `advice` is what a run says that has no steps
+    cannot be written, and instead of any error that a full disk caused. `advice` is what a run prints that has no steps
     left; empty: nothing.
     """
 
@@ -101,7 +101,7 @@ class RunFolder:
         peak = peak_flops(device, dtype)
         share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # "1/8 of GPU 0": of its peak
         self._peak = peak * self._environment["world_size"] * share if peak else None
-        self._tracker = start_tracker(self.cfg, self.path, enabled=True, project=self.project)
+        self._tracker = start_tracker(self.cfg, self.path, self.project)
         if first_step < total_steps:
             self._print_banner(model, device, total_steps)
         if first_step >= total_steps and self._advice:
@@ -162,14 +162,7 @@ class RunFolder:
             print(f"Data: {'; '.join(parts)}")
 
     def log_step(
-        self,
-        step: int,
-        epoch: float,
-        loss: float,
-        learning_rate: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
+        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float
     ) -> None:
         """One optimizer step of this many tokens, over all ranks, and seconds."""
         if not self.is_main:
@@ -212,7 +205,7 @@ class RunFolder:
     def finish(self, status: str, reason: str | None = None, **figures) -> None:
         """The training is over: `completed`, `interrupted` (and why), or `stopped` by a search. Summary, plots, upload.
 
-        `figures` stand in the summary, in the place of its own where they have their names.
+        `figures` stand in the summary, instead of its own if they have their names.
         """
         if not self.is_main:
             return
@@ -230,7 +223,7 @@ class RunFolder:
         if self.cfg.hub.repo_id and status == "completed":
             push_to_hub(self.cfg, self.path, self.model)
         if self.cfg.hub.repo_id and self.cfg.hub.push_checkpoints:
-            # Another folder's where nothing was left to train from it on, such as that of a search's best trial.
+            # Another folder's if nothing was left to train, as for a search's best trial.
             newest = max(self.checkpoints.glob("step-*"), default=Path(self.cfg.checkpoint.resume))
             push_to_hub(self.cfg, self.path, newest, path_in_repo=f"checkpoints/{newest.name}")
 
@@ -253,10 +246,10 @@ class RunFolder:
         steps = [r for r in records if "loss" in r]
         held_out = [r for r in records if "eval_loss" in r]
         summary = {"project": self.project, "status": status, "steps": 0, "data": self._rows}
-        if not steps:  # failed in its first step, or went on from another folder's last one without its history
+        if not steps:  # failed in its first step, or resumed another folder's last one without its history
             return summary
         steady = steps[WARM_UP_STEPS:] or steps
-        evaluated = held_out and held_out[-1]["step"] == steps[-1]["step"]  # not where `train.max_steps` was lowered
+        evaluated = held_out and held_out[-1]["step"] == steps[-1]["step"]  # not if `train.max_steps` was lowered
         speed = sum(r["tokens"] for r in steady) / sum(r["step_seconds"] for r in steady)
         return summary | {
             "steps": steps[-1]["step"],
@@ -275,7 +268,7 @@ class RunFolder:
     def _write(self, record: dict) -> None:
         record["seconds"] = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
         self._metrics.append(record)
-        # A chart of zeros says nothing of a CPU.
+        # A chart of zeros means nothing on a CPU.
         hidden = {"step"} if self._device.type == "cuda" else {"step", "peak_gpu_gib"}
         self._tracker.log({k: v for k, v in finite(record).items() if k not in hidden}, record["step"])
 

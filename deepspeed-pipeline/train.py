@@ -2,7 +2,7 @@
 
 Each GPU holds some of the layers, a stage. A batch is cut into micro-batches that go through the stages one after
 another, so that all GPUs compute at the same time, each on another micro-batch. What travels is one tensor of hidden
-states a micro-batch and its gradient on the way back: little, where the links between GPUs are slow.
+states per micro-batch and its gradient on the way back: little, which suits slow links between GPUs.
 
     deepspeed-pipeline/launch.sh                                        # the real run: one stage on each GPU found
     deepspeed-pipeline/launch.sh --config smoke.yaml                    # no network, no GPU: two stages on the CPU

@@ -3,7 +3,7 @@
 Every GPU holds the whole model and works on its own part of each global batch. While a GPU still computes the backward
 pass, DDP already averages the finished gradients with those of the other GPUs, so all of them take the same step.
 
-    pytorch-ddp/launch.sh                                        # the real run: one process for each GPU found
+    pytorch-ddp/launch.sh                                        # the real run: one process per GPU found
     pytorch-ddp/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
     torchrun --nproc_per_node 2 pytorch-ddp/train.py             # the same as launch.sh on two GPUs
     python pytorch-ddp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
@@ -105,7 +105,7 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro_batch in enumerate(batch.micro_batches):
         is_last = i == len(batch.micro_batches) - 1
-        # NOTE: no_sync must cover the forward as well as the backward. Gradients travel once a step, with the last one.
+        # NOTE: no_sync must cover the forward and the backward. Gradients travel once per step, with the last one.
         with contextlib.nullcontext() if is_last else model.no_sync():
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
             loss = model(**micro_batch)

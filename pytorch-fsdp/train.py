@@ -3,7 +3,7 @@
 Every GPU keeps one part of each weight, gradient and Adam moment. A layer's weights are gathered from all GPUs just
 before the layer computes and dropped right after; its gradients are summed and divided up as soon as they are there.
 
-    pytorch-fsdp/launch.sh                                        # the real run: one process for each GPU found
+    pytorch-fsdp/launch.sh                                        # the real run: one process per GPU found
     pytorch-fsdp/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
     torchrun --nproc_per_node 2 pytorch-fsdp/train.py             # the same as launch.sh on two GPUs
     python pytorch-fsdp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
@@ -98,7 +98,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> FSDPMo
 
 @torch.no_grad()
 def read_weights(cfg: Config, model, device: torch.device) -> None:
-    """Fill the sharded, still empty `model`. Only rank 0 reads the weights; it deals them out tensor by tensor."""
+    """Fill the sharded, still empty `model`. Only rank 0 reads the weights; it distributes them tensor by tensor."""
     is_main = dist.get_rank() == 0
     source = models.load_model(cfg.model, cfg.seed, dtype="auto") if is_main else model
     model.to_empty(device="cpu" if cfg.fsdp.cpu_offload else device)
@@ -172,7 +172,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scale
         torch.save(scaler.state_dict(), folder / "scaler.pt")
     weights, moments = get_state_dict(model, optimizer)
     # NOTE: a file for each tensor, and none copied ahead. The writer keeps what goes into a file in host memory until
-    # the file is complete: with one file a rank, all of its GPU's shards.
+    # the file is complete: with one file per rank, all of its GPU's shards.
     options = {"single_file_per_rank": False, "per_thread_copy_ahead": 0, "sync_files": False}  # commit() syncs
     writer = dcp.FileSystemWriter(folder / "shards", **options)
     dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)

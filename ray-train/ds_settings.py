@@ -45,7 +45,7 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
 def engine_settings(
     ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes: the JSON, and what the YAML says. Raises `UserError` for `train.compile`."""
+    """What `deepspeed.initialize` takes: the JSON, completed from the YAML. Raises `UserError` for `train.compile`."""
     if cfg.train.compile:  # measured: right on a CPU; on a GPU, fp16, the gradients' norm was 4.6 instead of 5.8
         raise UserError("train.compile=true: under ZeRO-3 compiled layers have wrong gradients: set it to false")
     settings = ds_settings.engine_settings(ds_config, cfg, dtype, accumulation, get_accelerator().is_fp16_supported())

@@ -13,7 +13,7 @@ Writes eval.json, samples.md and plots/eval.png into the run folder.
 import sys
 from pathlib import Path
 
-# The project's modules and `common`: where this package is not installed, or Python leaves the folder out (-P).
+# The project's modules and `common`: if this package is not installed, or Python leaves the folder out (-P).
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 try:

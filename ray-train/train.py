@@ -82,7 +82,7 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
-    # Only rank 0 reads the weights; it deals them out tensor by tensor.
+    # Only rank 0 reads the weights; it distributes them tensor by tensor.
     source = models.load_model(cfg.model, cfg.seed, dtype="auto") if dist.get_rank() == 0 else None
     deal_out(model, engine.optimizer, source, device)
     return engine

@@ -1,4 +1,4 @@
-"""What a search leaves behind besides its trials' run folders: table, plots, summary, and the best trial's model."""
+"""What a search leaves in addition to its trials' run folders: table, plots, summary, and the best trial's model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
 
 
 def check_place(root: Path) -> None:
-    """Raise `UserError` where an unfinished search was moved or copied: Ray's record of it names its first folder."""
+    """Raise `UserError` if an unfinished search was moved or copied: Ray's record of it names its first folder."""
     begun = read_json(root / "identity.json")[PLACE]
     if begun != str(root):
         raise UserError(

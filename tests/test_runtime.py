@@ -30,13 +30,13 @@ BUILT_FOR = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(name, capability, architectures): what torch says on a machine with that GPU"""
+    """gpu(name, capability, architectures): what torch reports on a machine with that GPU"""
 
     def pretend(name: str, capability: tuple[int, int], architectures: list[str] = BUILT_FOR) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # a T4 says so, too
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # a T4 reports it, too
 
     return pretend
 
@@ -291,7 +291,7 @@ def test_mfu_is_by_the_peak_of_what_each_process_has_of_a_gpu(tmp_path, monkeypa
 
 
 def run_of(folder: Path, first_step: int, steps: int, checkpoint: Path | None = None, loss: float = 2.0) -> dict:
-    """A run's records from `first_step` to `steps`, without a held-out loss behind step 0; its summary."""
+    """A run's records from `first_step` to `steps`, without a held-out loss after step 0; its summary."""
     cfg = BaseConfig(output_dir=str(folder))
     cfg.tracking.backend = "none"
     model = load_model(ModelConfig("tiny:llama"))
