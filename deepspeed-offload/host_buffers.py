@@ -30,7 +30,7 @@ def share_buffers(zero) -> None:
 
     With several micro-batches per step, the sum so far lies there too, and not in buffers of its own (2 bytes more).
     `zero` is DeepSpeed's optimizer. Nothing is lost: gradients reach the host in the weights' type, and its fp32 buffer
-    would only hold the same values. The time also gets less: half as many bytes travel, and unscaling, clipping and
+    would only hold the same values. It is faster, too: half as many bytes travel, and unscaling, clipping and
     AdamW go through a slice while it is in the cache.
     """
     all_masters, buffers = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
