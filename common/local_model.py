@@ -31,7 +31,13 @@ def check_model_folder(name: str, with_weights: bool = True) -> None:
     found = next((folder / file for file in (*SINGLE, *INDEXES) if (folder / file).is_file()), None)
     if not found:
         raise UserError(f"{where}: the folder {folder.resolve()} has no weights ({', '.join((*SINGLE, INDEXES[0]))})")
-    files = [found] if found.name in SINGLE else sorted({folder / file for file in _shards(where, found)})
+    files = [found]
+    if found.name in INDEXES:
+        try:
+            names = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: {found.name} cannot be read: {error}") from None
+        files = sorted({folder / name for name in names})
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
             f"{where}: {found.name} names {len(files)} files, and {', '.join(missing[:3])}"
@@ -56,13 +62,6 @@ def _no_config(where: str, folder: Path) -> str:
     is_hub_id = not folder.is_absolute() and len(folder.parts) == 2
     hub = "; it hides the model of that name on the Hub: rename the folder, or start elsewhere" if is_hub_id else ""
     return f"{where}: the folder {folder.resolve()} has no config.json, so it holds no model{hub}"
-
-
-def _shards(where: str, index: Path) -> list[str]:
-    try:
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {index.name} cannot be read: {error}") from None
 
 
 def _check_whole(where: str, file: Path) -> None:

@@ -55,16 +55,15 @@ def rows() -> list[dict]:
         raise UserError(
             f"data.name=pydoc: only {len(found)} docstrings in {library}: is this Python without its sources?"
         )
-    return [_row(prompt, response) for prompt, response in found.items()]
-
-
-def _row(prompt: str, response: str) -> dict:
-    return {
-        "prompt": prompt,
-        "response": response,
-        "text": f"{prompt}\n{response}",
-        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
-    }
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "text": f"{prompt}\n{response}",
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+        }
+        for prompt, response in found.items()
+    ]
 
 
 def _questions(module: str, path: Path):

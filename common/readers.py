@@ -88,16 +88,13 @@ def _read(path: Path, wanted: set[str], texts: set[str], delimiter: str | None) 
             stored = pq.ParquetFile(file)
             names = stored.schema_arrow.names
             table = stored.read([name for name in names if name in wanted])
-            columns = (_plain(column) for column in table.columns)
-            return pa.table(dict(zip(table.column_names, columns, strict=True))), names
+            for i, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+                if pa.types.is_dictionary(column.type):  # categories: as the text that they stand for
+                    table = table.set_column(i, name, column.cast(column.type.value_type))
+            return table, names
         if form in (".csv", ".tsv"):
             return _table(_cells(file, delimiter or {".csv": ",", ".tsv": "\t"}[form]), wanted, texts)
         return _table(_json_rows(file), wanted, texts)
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Categories as the text that they stand for."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _cells(file: BinaryIO, delimiter: str) -> Iterator[Row]:
