@@ -45,7 +45,7 @@ demo-real: .venv/ready ## the same with a real model, SmolLM2-135M: on GPUs, or 
 	  run+=(train.max_steps=0 train.epochs=2 train.global_batch_size=64 train.micro_batch_size=16 train.learning_rate=2e-4
 	    data.max_length=256 data.eval_rows=200 eval.batch_size=32 eval.generate_rows=64)
 	else
-	  echo "No GPU: SmolLM2 trains on the CPU, in about ten minutes on two cores, with 7 GB of memory; the bar says how long is left"
+	  echo "No GPU: SmolLM2 trains on the CPU, in about ten minutes on two cores, with 7 GB of memory; the bar shows how long is left"
 	fi
 	pytorch-ddp/launch.sh "$${run[@]}"
 	python pytorch-ddp/eval.py "$${run[@]}"
@@ -101,7 +101,7 @@ kaggle: .venv/ready ## notebooks that carry their code, for Kaggle's import; PRO
 kaggle-push: kaggle ## push the trainings with Kaggle's own client (pip install kaggle), then KIND=eval; PROJECT=… KAGGLE_USER=…
 	@command -v kaggle >/dev/null || { echo "error: no kaggle client: pip install kaggle, then put its API token in place" >&2; exit 2; }
 	for folder in build/kaggle/$(or $(PROJECT),*)-$(or $(KIND),train)/; do kaggle kernels push -p "$$folder"; done
-	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor where a notebook needs it"
+	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor if a notebook needs it"
 
 # The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
 .PHONY: record-notebooks

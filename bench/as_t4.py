@@ -1,6 +1,6 @@
 """Run a script with the attention kernels that a T4 has: `python bench/as_t4.py SCRIPT [arguments]`.
 
-A T4 (compute capability 7.5) has neither the flash nor the cuDNN attention kernel, so a larger GPU that is to tell how
+A T4 (compute capability 7.5) has neither the flash nor the cuDNN attention kernel, so a larger GPU that is to show how
 much memory a T4 needs must not use them either. Set train.precision=fp16 and runtime.gpu_memory_limit_gib=14.7 as well.
 """
 

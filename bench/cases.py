@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Case:
-    label: str  # what the table says
+    label: str  # what the table shows
     settings: list[str]
     gpus: int = 2
     variables: dict[str, str] = field(default_factory=dict)  # of the environment
@@ -39,7 +39,7 @@ class Case:
     beside_others: bool = False  # its speed does not count, and it takes so little memory that several run at a time
     project: str = ""  # whose train.py; empty: the one that is measured
     launcher: str = "torchrun"  # or another of start_command's
-    through: str = ""  # a program that runs train.py and looks on; its figures are JSON files in the run folder
+    through: str = ""  # a program that runs train.py and watches it; its figures are JSON files in the run folder
 
 
 def start_command(case: Case) -> tuple[list[str], list[str]]:
@@ -134,7 +134,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder made by bench/real_shapes.py, with its random weights or without")
-    parser.add_argument("--text", help="JSONL with a `text` column in place of the Hub's dataset")
+    parser.add_argument("--text", help="JSONL with a `text` column instead of the Hub's dataset")
     parser.add_argument("--text-is", default="a file of one's own", help="what that text is, for the tables")
     parser.add_argument(
         "--only", nargs="*", default=[""], metavar="NAME", help="this case, or those whose names begin so"
@@ -149,7 +149,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     parser.add_argument(
         "--turns", action="store_true", help="with --shares: the processes take turns on all of the GPU"
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="behind the settings of every case")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="after the settings of every case")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each case prints, in NAME.log there")
     arguments = parser.parse_args()

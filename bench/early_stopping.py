@@ -8,7 +8,7 @@ nine draws. From the whole curves, `replay` finds what a search with early stopp
 and any reduction: it asks the rule about each evaluation in the order in which two slots come to them, all trials
 equally fast. Two rules: Ray's own AsyncHyperBandScheduler, and ray-tune/asha.py. Shares are of optimizer steps; the
 micro-batch changes the seconds of a step by about a tenth here. Then real searches with early stopping show that they
-do what the replay says.
+do what the replay predicts.
 
 How far two losses differ by chance: the best configuration of the first draws is trained from the same weights on the
 same rows in other orders.
@@ -84,7 +84,7 @@ def final(trial: Trial) -> float:
 
 
 def search(folder: Path, *settings: str) -> Path:
-    """Run the embedded search, or go on with it, and return its folder."""
+    """Run the embedded search, or resume it, and return its folder."""
     if read_json(folder / "summary.json").get("status") != "completed":
         settings = ["tracking.backend=none", "checkpoint.every=0", *settings, f"output_dir={folder}"]
         paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
@@ -181,7 +181,7 @@ def replays(draws: list[list[Trial]], noise: float) -> list[dict]:
 
 
 def real_search(folder: Path, seed: int, trials: list[Trial]) -> dict:
-    """A search with early stopping as smoke.yaml has it, beside its replay."""
+    """A search with early stopping as smoke.yaml has it, next to its replay."""
     cfg = load_config(loop.Config, SMOKE, [])
     expected = with_our_rule(trials[: cfg.search.trials], cfg.search.grace_period, cfg.search.reduction_factor)
     search(folder, f"seed={seed}")
@@ -252,7 +252,7 @@ def main() -> None:
         draws[name] = [read_trials(search(place / f"seed-{seed}", *whole, f"seed={seed}")) for seed in seeds]
     shipped = draws["smoke.yaml"]
     noise = [noise_of(folder / f"noise-{seed}", seed, shipped[i]) for i, seed in enumerate(seeds[:NOISE_DRAWS])]
-    # Two runs of one configuration differ by √2 standard deviations; twice that is no sign of a better configuration.
+    # Two runs of one configuration differ by √2 standard deviations; twice that does not show a better configuration.
     within = 2 * 2**0.5 * mean(n["standard_deviation"] ** 2 for n in noise) ** 0.5
     real = [real_search(folder / f"asha-{seed}", seed, shipped[i]) for i, seed in enumerate(seeds[:REAL_DRAWS])]
     record = {

@@ -31,7 +31,7 @@ SETTINGS = [
     "train.micro_batch_size=4", "train.learning_rate=1e-3", "train.lr_schedule=constant", "train.warmup_steps=0",
     "train.precision=fp32", f"eval.every={STEPS}", "checkpoint.every=0", "tracking.backend=none",
 ]  # fmt: skip
-# What starts the processes, and what a project needs besides: of ray-tune's search, one trial by itself.
+# What starts the processes, and what else a project needs: of ray-tune's search, one trial by itself.
 PROJECTS = {
     "pytorch-ddp": ("torchrun", []),
     "pytorch-fsdp": ("torchrun", []),

@@ -52,7 +52,7 @@ CASES = {
         through=PROFILE,
     ),
     "speed-2gpu": foundry("LLM Foundry, bf16, micro-batch 8, packed", [*SPEED, PACKED]),
-    "speed-2gpu-padded": foundry("the same, one row a sequence", SPEED),
+    "speed-2gpu-padded": foundry("the same, one row per sequence", SPEED),
     "speed-2gpu-fsdp": fsdp("`pytorch-fsdp`, bf16, micro-batch 8, full blocks", [*SPEED, *FSDP]),
     "speed-1gpu": foundry("LLM Foundry, one GPU (DDP's path, no FSDP)", [*SPEED, PACKED], gpus=1),
     "speed-1gpu-fsdp": fsdp("`pytorch-fsdp`, one GPU", [*SPEED, *FSDP], gpus=1),

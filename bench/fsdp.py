@@ -67,10 +67,10 @@ CASES = {
 
 
 def arithmetic(record: dict) -> dict:
-    """What the tensors of one GPU should take under activation checkpointing, in GiB by term, beside what they took.
+    """What the tensors of one GPU should take under activation checkpointing, in GiB by term, next to what they took.
 
-    Per rank, with b sequences of s tokens, width h, 2 bytes a number where none other is named:
-    - state: 16 bytes a parameter (fp32 weight, gradient, two moments) / ranks;
+    Per rank, with b sequences of s tokens, width h, 2 bytes per number if no other is named:
+    - state: 16 bytes per parameter (fp32 weight, gradient, two moments) / ranks;
     - gathered: the weights of the largest group, here the root's;
     - checkpoints: the input of each layer, layers × b × s × h;
     - one layer, recomputed: two norms, q, k, v, attention, two outputs, a sum (9 b × s × h), MLP (2 b × s × FFN);

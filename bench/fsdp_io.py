@@ -98,7 +98,7 @@ def main() -> None:
     with Phase("shards alone, PyTorch's default writer"):
         dcp.save(state, checkpoint_id=scratch / "sync")
     own_group = dist.new_group(backend="gloo")  # a thread's collectives must not mix with the training's
-    with Phase("asynchronous, until training may go on"):
+    with Phase("asynchronous, until training may continue"):
         future = dcp.async_save(state, checkpoint_id=scratch / "async", process_group=own_group)
     with Phase("asynchronous, the rest"):
         future.result()

@@ -4,7 +4,7 @@ python bench/offload.py                                     # the model and data
 python bench/offload.py --model FOLDER --text FILE.jsonl    # without the Hub: real shapes (bench/real_shapes.py)
 python bench/offload.py --only 512-micro-16 two-gpus        # cases whose names begin so
 
-A record holds the preflight's prediction (`environment.memory_plan`) beside the peaks that were measured, the host's
+A record holds the preflight's prediction (`environment.memory_plan`) next to the peaks that were measured, the host's
 also by phase. The host's are those of the whole process tree, launcher included.
 """
 

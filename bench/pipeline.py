@@ -5,7 +5,7 @@ python bench/pipeline.py --model FOLDER --text FILE.jsonl    # without the Hub: 
 python bench/pipeline.py --only 2-stages-micro-16            # this case, or cases whose names begin so
 python bench/pipeline.py --shares 8 --set train.max_steps=8  # on one GPU: each stage has an eighth of it
 
-A record holds what each stage computes and its peak of memory beside the run's speed (bench/stage_times.py). From that
+A record holds what each stage computes and its peak of memory next to the run's speed (bench/stage_times.py). From that
 comes the efficiency: what the slowest stage computes in a step, divided by the time of the step. Ideal are m of
 m + p - 1 slots, for m micro-batches and p stages.
 """
@@ -40,7 +40,7 @@ CASES = {
 
 
 def efficiency(record: dict) -> dict:
-    """The slowest stage's own compute in a step ÷ the step, beside the ideal; and how unlike the stages are."""
+    """The slowest stage's own compute in a step ÷ the step, next to the ideal; and how unlike the stages are."""
     grid = record["environment"]["pipeline"]
     p, m = len(grid["layers_by_stage"]), grid["micro_batches"]
     stages = [record[f"stage-times-{rank}"] for rank in range(record["gpus"])]

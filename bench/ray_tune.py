@@ -4,7 +4,7 @@
     python bench/ray_tune.py --model FOLDER --text FILE.jsonl    # without the Hub: real shapes (bench/real_shapes.py)
     python bench/ray_tune.py --only asha                         # cases whose names begin so
 
-The same trials with early stopping and without it, one a GPU, each GPU limited to what a T4 has. A record's
+The same trials with early stopping and without it, one per GPU, each GPU limited to what a T4 has. A record's
 `summary.search` has the device seconds of training, how busy the devices were, and the best loss. The attention
 kernels are those of this machine's GPU: bench/as_t4.py reaches only the process that it starts, and Ray starts the
 trials.
@@ -21,7 +21,7 @@ TRIALS = [
     "eval.batch_size=32",
     "train.learning_rate=2e-5",  # inside the space of config.yaml
     "train.max_steps=216",
-    # As config.yaml, for fewer steps: rungs at 12, 48 and 192, behind the longest warm-up.
+    # As config.yaml, for fewer steps: rungs at 12, 48 and 192, after the longest warm-up.
     "train.warmup_steps=12",
     "search.grace_period=12",
     "search.reduction_factor=4",

@@ -12,7 +12,7 @@ held-out loss before and after, and its eval.py's figures and samples; and the s
 the training rows (bench/plain_loop.py), whose spread is what chance does. A run that fails is recorded with its error.
 Runs that a record has already are kept, unless they failed or --again is given.
 
-`PROJECT killed`: all its processes get SIGKILL in the middle; the same command then goes on from the last checkpoint.
+`PROJECT killed`: all its processes get SIGKILL in the middle; the same command then resumes from the last checkpoint.
 
 ray-tune runs a search of two learning rates, of which it trains the best; LLM Foundry has one of the three formats, and
 takes its own environment (.venv-foundry).
@@ -52,7 +52,7 @@ from tools.results import KILLED, PLAIN, band
 
 RESULTS = REPOSITORY / "results/real"
 TASKS = {"abstracts": "arxiv-abstracts.jsonl", "gsm8k": "gsm8k-train.jsonl", "messages": "gsm8k-train.jsonl"}
-# The settings that a project needs besides the task's.
+# The settings that a project needs in addition to the task's.
 PROJECTS: dict[str, list[str]] = {
     "pytorch-ddp": [],
     "pytorch-fsdp": [],
@@ -157,7 +157,7 @@ def run_plain(bench: Bench, task: str, precision: str, seed: str, folder: Path, 
 
 
 def run_project(bench: Bench, task: str, precision: str, name: str, folder: Path, log: Path) -> dict:
-    """A run of the project's launch.sh, killed and started again if `name` says so, then of its eval.py on one GPU."""
+    """A run of the project's launch.sh, killed and restarted if `name` asks for it, then of its eval.py on one GPU."""
     project = name.removesuffix(KILLED)
     settings = [f"data.name={data_file(bench, task)}", f"train.precision={precision}", *PROJECTS[project]]
     if project == "ray-tune":  # the task's own rate, which is the first trial, and a tenth of it
@@ -209,7 +209,7 @@ def unsupported(task: str, project: str) -> str:
 
 
 def load_record(path: Path, bench: Bench, task: str, precision: str) -> dict:
-    """The record so far, or a new one where other settings or rows made it."""
+    """The record so far, or a new one if other settings or rows made it."""
     settings = yaml.safe_load((REPOSITORY / task_file(task)).read_text(encoding="utf-8"))
     what = {
         "task": task,
@@ -222,7 +222,7 @@ def load_record(path: Path, bench: Bench, task: str, precision: str) -> dict:
     return record if what.items() <= record.items() else what | {"plain": {}, "projects": {}}
 
 
-def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, beside: int) -> None:
+def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, at_a_time: int) -> None:
     """One run, into its record. `name` is a project, or `plain` and a seed."""
     seed = name.removeprefix("plain ") if name.startswith("plain ") else ""
     label = f"{task}-{precision} {name}"
@@ -245,7 +245,7 @@ def run_one(bench: Bench, results: Path, task: str, precision: str, name: str, b
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     wall = round(time.perf_counter() - start, 1)
-    entry |= {"date": datetime.date.today().isoformat(), "wall_seconds": wall, "at_a_time": beside}
+    entry |= {"date": datetime.date.today().isoformat(), "wall_seconds": wall, "at_a_time": at_a_time}
     path = results / f"{task}-{precision}.json"
     with bench.lock:
         record = load_record(path, bench, task, precision)
@@ -304,8 +304,8 @@ def main() -> None:
     parser.add_argument(
         "--projects", nargs="*", choices=names, default=["plain", *PROJECTS], help="plain: the plain loop's seeds"
     )
-    parser.add_argument("--steps", type=int, help="train.max_steps of every run, in place of the tasks' epochs")
-    parser.add_argument("--model", help="model.name, in place of smollm2: for a trial of this program")
+    parser.add_argument("--steps", type=int, help="train.max_steps of every run, instead of the tasks' epochs")
+    parser.add_argument("--model", help="model.name, instead of smollm2: for a trial of this program")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more settings, of every run")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; they slow each other down")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so long; the records are whole")
@@ -343,8 +343,8 @@ def main() -> None:
                 if arguments.again or done.get(name, {}).get("status") not in ("completed", "not offered")
             ]
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            beside = min(arguments.jobs, len(jobs))
-            list(pool.map(lambda job: run_one(bench, arguments.results, *job, beside), jobs))
+            at_a_time = min(arguments.jobs, len(jobs))
+            list(pool.map(lambda job: run_one(bench, arguments.results, *job, at_a_time), jobs))
     for task, precision in itertools.product(arguments.tasks, arguments.precisions):
         record = read_json(arguments.results / f"{task}-{precision}.json")
         if limits := band(record):

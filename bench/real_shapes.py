@@ -1,4 +1,4 @@
-"""Model folders with the real shapes, to measure speed and memory where the Hub cannot be reached.
+"""Model folders with the real shapes, to measure speed and memory without the Hub.
 
     python bench/real_shapes.py Qwen/Qwen2-0.5B-Instruct FOLDER TEXT.jsonl
 

@@ -1,8 +1,8 @@
-"""What launchers/gpu_share.py needs beside it, for measuring: CUDA's multi-process service, and nodes of Ray.
+"""What launchers/gpu_share.py needs in addition, for measuring: CUDA's multi-process service, and nodes of Ray.
 
 Ray starts its workers by itself, one for each GPU; so each of its nodes has a share of the GPU, and takes it for a
 GPU. What a process allocates on a share is what it would on a GPU of its own; what it computes in a second is its
-share's. An eighth of an H200 multiplies matrices at 99 TFLOP/s (measured); a T4's data sheet says 65.
+share's. An eighth of an H200 multiplies matrices at 99 TFLOP/s (measured); a T4's data sheet gives 65.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def multi_process_service() -> Iterator[None]:
 
 
 def service_log() -> str:
-    """What MPS wrote last, if it runs: the reason, where it refused a process."""
+    """What MPS wrote last, if it runs: the reason, if it refused a process."""
     log = Path(os.environ.get("CUDA_MPS_LOG_DIRECTORY", "")) / "server.log"
     return log.read_text(errors="replace")[-2000:] if log.exists() else ""
 
@@ -56,7 +56,7 @@ def share_of_node(environment: dict[str, str], node: int) -> dict[str, str]:
 def ray_nodes(home: Path, nodes: list[tuple[list[str], dict[str, str]]]) -> Iterator[dict[str, str]]:
     """A cluster of Ray, started from `home` with `ray start`: for each of `nodes` one with its options and environment.
 
-    Gives the variables with which to join it. Raises `RuntimeError` where a node does not start.
+    Gives the variables with which to join it. Raises `RuntimeError` if a node does not start.
     """
     port = free_port()
     temporary = f"/tmp/ray-nodes-{os.getpid()}-{port}"  # a socket's path must be short

@@ -23,7 +23,7 @@ spans: dict[str, list] = {"forward": [], "backward": []}
 
 
 def moment():
-    """A point in time: of the GPU's stream where there is one, for the CPU runs ahead of it."""
+    """A point in time: of the GPU's stream if there is one, for the CPU runs ahead of it."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

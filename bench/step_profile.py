@@ -1,8 +1,8 @@
 """Run a train.py on GPUs and take three of its steps apart: `python bench/step_profile.py SCRIPT [arguments]`.
 
-Rank 0 writes `step-profile.json` into output_dir, in seconds a step: while the GPU exchanged, while it computed and
+Rank 0 writes `step-profile.json` into output_dir, in seconds per step: while the GPU exchanged, while it computed and
 exchanged nothing, and while it did neither; and the longest pause between two exchanges, which is that for the
-optimizer where a step is mostly exchange. The steps are those that follow the warm-up, from one step of the optimizer
+optimizer if a step is mostly exchange. The steps are those that follow the warm-up, from one step of the optimizer
 to the next. The profiler makes them a little longer.
 """
 
@@ -38,7 +38,7 @@ def taken_apart(profiled: profile, seconds: float) -> dict[str, float]:
     """Of STEPS steps, which took `seconds` together."""
     exchanges, computing = [], []
     for event in profiled.events():
-        # Ranges of the CPU that the profiler repeats on the GPU's time line are no work of the GPU.
+        # Ranges of the CPU that the profiler repeats on the GPU's time line are not work of the GPU.
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
             (exchanges if event.name.startswith("nccl") else computing).append(span)
@@ -55,7 +55,7 @@ def taken_apart(profiled: profile, seconds: float) -> dict[str, float]:
 
 
 class Profile:
-    """Begins behind the optimizer's step WARM_UP_STEPS and ends STEPS later."""
+    """Begins after the optimizer's step WARM_UP_STEPS and ends STEPS later."""
 
     def __init__(self, record: Path):
         self.record, self.steps = record, 0

@@ -12,8 +12,11 @@ import re
 import shutil
 import sys
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from torch import Tensor
 
 from common.config import BaseConfig, get
 from common.errors import UserError
@@ -44,24 +47,28 @@ class Checkpoints:
 
     def __init__(self, root: Path, keep: int, identity: dict):
         self.root, self.keep, self.identity = root, keep, identity
-        self._went_on_from, self._written = math.inf, set()
+        self._resumed_from, self._written = math.inf, set()
 
     def writing(self, step: int) -> Path:
         """Where a checkpoint is written until it is committed."""
         return self.root / f".writing-{step:08d}"
+
+    def folder(self, step: int) -> Path:
+        """Where it lies once it is committed."""
+        return self.root / f"step-{step:08d}"
 
     def begin(self, step: int) -> None:
         for leftover in self.root.glob(".writing-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
         self.writing(step).mkdir(parents=True)
 
-    def commit(self, step: int) -> Path:
+    def commit(self, step: int) -> None:
         """Make the written folder a checkpoint: list its files with their checksums, rename it, drop what is too many.
 
         Those of steps that this run did not pass are dropped as well: it resumed from an earlier one, or started
         from scratch, and they belong to another course.
         """
-        folder, final = self.writing(step), self.root / f"step-{step:08d}"
+        folder, final = self.writing(step), self.folder(step)
         files = _fingerprints(folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
         manifest = {"step": step, "identity": self.identity, "files": files}
         manifest["crc32"] = _checksum(manifest)
@@ -73,36 +80,30 @@ class Checkpoints:
         _to_disk(self.root)  # the new one is safe before an old one goes
         self._written.add(step)
         found = self.all()
-        ours = [at for at, _ in found if at <= step and (at in self._written or at <= self._went_on_from)]
+        ours = [at for at, _ in found if at <= step and (at in self._written or at <= self._resumed_from)]
         for at, old in found:
             if at not in ours[: self.keep]:
                 _discard(old)
-        return final
 
     def find(self, resume: str) -> tuple[int, Path] | None:
         """The (step, folder) to resume from for `checkpoint.resume`, or None to start from scratch.
 
-        `auto` takes the newest whole checkpoint and reports damaged ones. Raises `UserError` where all are damaged, for
+        `auto` takes the newest complete checkpoint and reports damaged ones. Raises `UserError` if all are damaged, for
         a path that is not a complete checkpoint, and for a checkpoint of another model or other data.
         """
-        found = self._find(resume)
-        self._went_on_from = found[0] if found and found[1].parent.resolve() == self.root.resolve() else 0
-        return found
-
-    def _find(self, resume: str) -> tuple[int, Path] | None:
-        if resume == "never":
-            return None
-        if resume != "auto":
-            folder = Path(resume)
-            if problem := damage(folder):
+        self._resumed_from = 0
+        ours = {"never": [], "auto": [folder for _, folder in self.all()]}
+        candidates = ours.get(resume, [Path(resume)])
+        for folder in candidates:
+            if not (problem := damage(folder)):
+                step = self._step_of(folder)
+                if folder.parent.resolve() == self.root.resolve():
+                    self._resumed_from = step
+                return step, folder
+            if resume != "auto":
                 raise UserError(f"checkpoint.resume={resume}: {problem}")
-            return self._checked(folder)
-        for _, folder in self.all():
-            if problem := damage(folder):
-                print(f"warning: {folder} is damaged and is passed over: {problem}", file=sys.stderr)
-                continue
-            return self._checked(folder)
-        if self.all():
+            print(f"warning: {folder} is damaged and is passed over: {problem}", file=sys.stderr)
+        if candidates:
             raise UserError(
                 f"{self.root}: every checkpoint in it is damaged; set checkpoint.resume=never to start from scratch, "
                 f"or another output_dir"
@@ -114,7 +115,8 @@ class Checkpoints:
         matches = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.root.glob("step-*")]
         return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
 
-    def _checked(self, folder: Path) -> tuple[int, Path]:
+    def _step_of(self, folder: Path) -> int:
+        """Raises `UserError` if it is another run's checkpoint."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for key, ours in self.identity.items():
             theirs = manifest["identity"].get(key)
@@ -124,7 +126,7 @@ class Checkpoints:
                     f"{key} is {ours}, but {folder} was written with {theirs}{why}: set it back, choose another "
                     f"output_dir, or set checkpoint.resume=never to start from scratch"
                 )
-        return manifest["step"], folder
+        return manifest["step"]
 
 
 def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint: str) -> dict:
@@ -135,6 +137,13 @@ def identity(cfg: BaseConfig, project: str, architecture: str, data_fingerprint:
         "the model's architecture": architecture,
         DATA: data_fingerprint,
     }
+
+
+def copy_overlap(into: Tensor, begin: int, saved: Tensor, at: int) -> None:
+    """Copy to `into`, which are elements of a row from `begin` on, what `saved`, from `at` on, has of the same ones."""
+    first, last = max(begin, at), min(begin + len(into), at + len(saved))
+    if first < last:
+        into[first - begin : last - begin] = saved[first - at : last - at]
 
 
 def damage(folder: Path) -> str | None:
@@ -151,14 +160,14 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-    for name, found in _fingerprints(folder, list(manifest["files"])).items():
+    for name, found in _fingerprints(folder, manifest["files"]).items():
         if found != manifest["files"][name]:
             return f"{name} has another checksum than when it was written"
     return None
 
 
-def _fingerprints(folder: Path, names: list[str]) -> dict[str, dict]:
-    """By name, for several files at a time: a large checkpoint is several GB a rank."""
+def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """By name, for several files at a time: a large checkpoint is several GB per rank."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: _fingerprint(folder / name), names), strict=True))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import filecmp
 import importlib
-import json
 import os
 import re
 import shlex
@@ -24,24 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memory
 
-from common import plots, report
+from common import plots, report, runtime
 from common.config import BaseConfig, ModelConfig, get, load_config
 from common.data import Prompt, describe_counts, load_rows, prompt_tokens, tokenize
 from common.errors import UserError
 from common.evaluation import evaluate, figures, held_out_batches, predicted_bytes
-from common.files import check_writable, write_whole
+from common.files import check_writable, write_json, write_whole
 from common.generation import answer_scores, encode_prompt, generate, make_greedy, questions, without_rest
 from common.loss import CausalLMLoss
 from common.models import load_model, load_tokenizer, use_fused_attention
 from common.progress import track
-from common.runtime import (
-    check_gpu,
-    check_process_count,
-    describe_environment,
-    limit_gpu_memory,
-    only_main_shows_progress,
-    resolve_precision,
-)
 from common.tracking import log_results
 
 if TYPE_CHECKING:
@@ -56,22 +47,22 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     """Base model (`cfg.model`) against fine-tuned (`cfg.eval.model`, else `output_dir/model`) on the held-out split.
 
     On one process or on the processes of a launcher. Writes `eval.json`, `samples.md` and `plots/eval.png` into
-    `cfg.output_dir`, prints a table and samples, and returns what `eval.json` holds. Raises `UserError` where there is
+    `cfg.output_dir`, prints a table and samples, and returns what `eval.json` holds. Raises `UserError` if there is
     no fine-tuned model, or its training's settings would make the comparison wrong, for a package that is missing, and
     for what loading models and data raises.
     """
-    check_process_count()
+    runtime.check_process_count()
     models = {"base": cfg.model, "fine_tuned": fine_tuned_model(cfg, project)}
     notes = check_training(cfg, Path(models["fine_tuned"].name))
     check_needs(cfg)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.runtime.timeout_minutes))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[timeout])
-    only_main_shows_progress(accelerator.is_main_process)
+    runtime.only_main_shows_progress(accelerator.is_main_process)
     for note in notes:
         accelerator.print(f"note: {note}")
-    check_gpu(accelerator.device)
-    limit_gpu_memory(cfg.runtime, accelerator.device)
-    dtype, reason = resolve_precision(cfg.train.precision, accelerator.device)
+    runtime.check_gpu(accelerator.device)
+    runtime.limit_gpu_memory(cfg.runtime, accelerator.device)
+    dtype, reason = runtime.resolve_precision(cfg.train.precision, accelerator.device)
     started = time.perf_counter()
     with accelerator.local_main_process_first():  # one process per machine downloads and converts, the other ones read
         _, held_out = load_rows(cfg.data, cfg.seed)
@@ -82,9 +73,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
         try:
             measured[role], answers[role] = _measure(source, cfg, held_out, accelerator, dtype)
         except torch.OutOfMemoryError as error:
-            smaller = (
-                f"set eval.batch_size={cfg.eval.batch_size // 2}" if cfg.eval.batch_size > 1 else "use more memory"
-            )
+            smaller = f"set eval.batch_size={cfg.eval.batch_size // 2}" if cfg.eval.batch_size > 1 else "free memory"
             raise UserError(f"{str(error).split('. GPU')[0]}: {smaller}") from None
         release_memory()  # this model, before the next one is loaded
     samples = [
@@ -96,7 +85,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
         **measured,
         "rows": measured["base"]["rows"],
         "seconds": time.perf_counter() - started,
-        "environment": describe_environment(accelerator.num_processes, reason),
+        "environment": runtime.describe_environment(accelerator.num_processes, reason),
         "settings": {
             "data": cfg.data.name,
             "format": cfg.data.format,
@@ -117,16 +106,15 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
 
 
 def check_needs(cfg: BaseConfig) -> None:
-    """Raise `UserError` for what only the end of an evaluation would miss: packages, and a folder to write to."""
-    scored = cfg.data.format != "text" and cfg.eval.generate_rows
-    needed = {"matplotlib": "the plots"} | ({"rouge_score.rouge_scorer": "ROUGE-L"} if scored else {})
-    for package, purpose in needed.items():
+    """Raise `UserError` for what only the end of an evaluation would miss: ROUGE-L's package, a folder to write to."""
+    if cfg.data.format != "text" and cfg.eval.generate_rows:
         try:
-            importlib.import_module(package)
+            importlib.import_module("rouge_score.rouge_scorer")
         except ImportError as error:
-            name = package.partition(".")[0]
-            without = ", or set eval.generate_rows=0 to go without" if name == "rouge_score" else ""
-            raise UserError(f"cannot make {purpose} without {name} ({error}): pip install {name}{without}") from None
+            raise UserError(
+                f"cannot compute ROUGE-L without rouge_score ({error}): pip install rouge_score, or set "
+                f"eval.generate_rows=0 to go without"
+            ) from None
     check_writable(cfg.output_dir)
 
 
@@ -142,9 +130,9 @@ def fine_tuned_model(cfg: BaseConfig, project: str) -> ModelConfig:
 
 
 def check_training(cfg: BaseConfig, model: Path) -> list[str]:
-    """What to know of the run whose `model/` this is; nothing where the model does not lie in a run folder.
+    """What to know of the run whose `model/` this is; nothing if the model does not lie in a run folder.
 
-    Raises `UserError` where rows that it trained on would pass for held out, or it began with another base model.
+    Raises `UserError` if rows that it trained on would pass for held out, or it began with another base model.
     """
     run_dir, notes = model.parent, []
     path = run_dir / "config.yaml"
@@ -205,15 +193,11 @@ def _measure(
 
     batches = held_out_batches(rows, cfg.eval.batch_size, tokenizer.pad_token_id, rank, world_size)
     progress = "held-out loss" if accelerator.is_main_process else ""
-    sums = accelerator.reduce(evaluate(CausalLMLoss(model), batches, device, dtype, progress))
+    sums = accelerator.reduce(evaluate(CausalLMLoss(model, dtype), batches, device, progress))
     # A folder is named from the run folder, since the record may be published and the disk it was on may not.
     name = os.path.relpath(source.name, cfg.output_dir) if Path(source.name).is_dir() else source.name
-    measured = {
-        "model": name,
-        "rows": len(rows),
-        "data": rows.counts,
-        **figures(sums, predicted_bytes(rows, tokenizer)),
-    }
+    measured = {"model": name, "rows": len(rows), "data": rows.counts}
+    measured |= figures(sums, predicted_bytes(rows, tokenizer))
 
     scored = cfg.eval.generate_rows if cfg.data.format != "text" else 0  # a text has no one right continuation
     wanted = min(max(scored, cfg.eval.samples), len(held_out))
@@ -253,8 +237,7 @@ def _answer(
 
 
 def _write(results: dict[str, Any], run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "eval.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(run_dir / "eval.json", results)
     write_whole(run_dir / "samples.md", _samples_page(results))
     plots.plot_evaluation(run_dir)
 
@@ -290,11 +273,7 @@ def _print(results: dict[str, Any], run_dir: Path) -> None:
     for number, sample in enumerate(results["samples"], 1):
         print(f"\nsample {number}")
         for label, key in SAMPLE_PARTS:
-            print(f"  {label:<11} {_one_line(sample[key], 84) or '(blank)'}")
+            line = " ".join(sample[key].split()) or "(blank)"
+            # Cut within a word if need be: a model may write no spaces.
+            print(f"  {label:<11} {line if len(line) <= 84 else f'{line[:82]} …'}")
     print(f"\nin {run_dir}:\n  eval.json  samples.md  plots/eval.png")
-
-
-def _one_line(text: str, width: int) -> str:
-    """`text` on one line of at most `width` characters; cut within a word if need be: a model may write no spaces."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else f"{line[: width - 2]} …"

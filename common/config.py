@@ -283,7 +283,7 @@ def walk(config_class: type, prefix: str = "") -> list[tuple[str, dataclasses.Fi
 
 
 def describe_keys(config_class: type) -> str:
-    """The help text: one line a key, with its default, choices and meaning."""
+    """The help text: one line per key, with its default, choices and meaning."""
     lines = []
     for name, f, default in walk(config_class):
         choices = f" ({'|'.join(f.metadata['choices'])})" if f.metadata.get("choices") else ""

@@ -14,8 +14,8 @@ from typing import TextIO
 
 from common.redaction import without_secrets
 
-# What our own lines hold besides ASCII, for terminals and files that cannot show it.
-PLAIN = {"→": "->", "↓": "v", "↑": "^", "–": "-", "×": "x", "…": "...", "«": '"', "»": '"', "’": "'"}
+# What our own lines hold in addition to ASCII, for terminals and files that cannot show it.
+PLAIN = {"→": "->", "↓": "v", "↑": "^", "–": "-", "×": "x", "…": "...", "’": "'"}
 MOST_SECONDS = 5  # that a line waits for a terminal that takes nothing
 
 
@@ -65,7 +65,7 @@ def protect_output() -> None:
 def output_to(path: Path | None, errors: Path | None = None, terminal: bool = False) -> Iterator[None]:
     """Append what this process prints to `path`, and its stderr to `errors` (None: to `path`); no path: leave it as is.
 
-    `terminal` says whether a terminal shows these files in the end, so that progress bars make sense.
+    `terminal` is whether a terminal shows these files in the end, so that progress bars make sense.
     """
     if path is None:
         yield

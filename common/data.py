@@ -15,7 +15,7 @@ import string
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from operator import itemgetter
@@ -48,7 +48,7 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
     """Training rows and held-out rows, disjoint, both drawn by the seed (many datasets are sorted by label).
 
     The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, dataset, split or
-    column, and where there are too few rows.
+    column, and if there are too few rows.
     """
     if data.eval_split == data.split:
         raise UserError(
@@ -101,7 +101,7 @@ def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
 
 
 def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
-    """Rows of a folder or of the Hub, where `datasets` knows which files are which split.
+    """Rows of a folder or of the Hub, of which `datasets` knows which files are which split.
 
     It guesses types in JSON and CSV, and its cache believes a file's time of change: those files are read here.
     """
@@ -180,7 +180,7 @@ def _template_columns(data: DataConfig) -> list[str]:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(data.prompt_template) if field is not None]
     except ValueError:
-        return []  # it cannot be filled in, as `render_prompts` will say
+        return []  # it cannot be filled in, as `render_prompts` will report
     return [re.split(r"[.\[]", field)[0] for field in fields]
 
 
@@ -267,20 +267,16 @@ def tokenize(
     packing: str | None = None,
     show_progress: bool = False,
 ) -> TokenizedRows:
-    """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) says.
+    """Token sequences of at most `data.max_length` tokens, packed as `packing` (default: `data.packing`) asks for.
 
     Prompts are masked by position, so that a prompt's tokens are never targets and the EOS after a response always is,
-    also where the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
+    even if the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
     `dropped` and `cut`. Raises `UserError` for a row that is not text, and if nothing is left.
     """
     wrapped = (packing or data.packing) == "wrapped"
-    encoders: dict[str, Callable] = {
-        "text": _encode_texts,
-        "prompt-response": _encode_pairs,
-        "messages": _encode_messages,
-    }
+    encoders: dict = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}
     encode = encoders[data.format]
-    tokens, labels = array("i"), array("i")  # 4 bytes a token, where a list takes 36
+    tokens, labels = array("i"), array("i")  # 4 bytes per token; a list takes 36
     offsets, sources = [0], []
     dropped, cut = Counter(), Counter()
     too_long = f"longer than data.max_length={data.max_length}"
@@ -349,7 +345,7 @@ def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[n
 
 
 def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
-    """Labels of `ids`; `targets` is the first target's position, or says of each token whether it is one."""
+    """Labels of `ids`; `targets` is the first target's position, or, for each token, whether it is one."""
     if isinstance(targets, int):
         return [IGNORE] * min(targets, len(ids)) + ids[targets:]
     return [each if is_target else IGNORE for each, is_target in zip(ids, targets, strict=True)]
@@ -407,7 +403,12 @@ def _encodings(tokenizer, texts: list[str], **options) -> list[Encoding]:
     A text is tokenized in one piece: tokens may join what one part of it ends with and the next begins with, and a
     tokenizer may put a space before whatever it is given.
     """
-    _check_offsets(tokenizer)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model.name: its tokenizer, {type(tokenizer).__name__}, does not report the characters of a token, "
+            f"so prompt and response cannot be separated: save it as a fast one (tokenizer.json), or set "
+            f"data.format=text"
+        )
     return _encode(tokenizer, texts, **options).encodings
 
 
@@ -443,15 +444,6 @@ def _trimmed(offsets: list[tuple[int, int]], i: int) -> bool:
 def _spaces(token: str) -> int:
     """Spaces that a byte-level token begins with."""
     return len(token) - len(token.lstrip("Ġ"))
-
-
-def _check_offsets(tokenizer) -> None:
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"model.name: its tokenizer, {type(tokenizer).__name__}, does not say which characters a token stands for, "
-            f"so prompt and response cannot be separated: save it as a fast one (tokenizer.json), or set "
-            f"data.format=text"
-        )
 
 
 def _added_tokens(tokenizer) -> tuple[int, int]:
@@ -532,7 +524,7 @@ def prompt_and_reference(row: dict[str, Any], data: DataConfig, tokenizer) -> tu
 def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int], str]:
     """The tokens before the first target, as training has them, and the end of the prompt that they do not spell.
 
-    There is such an end where a token joins it with the continuation: an answer begins with it.
+    There is such an end if a token joins it with the continuation: an answer begins with it.
     """
     is_chat = data.format == "messages"  # a chat template has written its special tokens into the text already
     (encoding,) = _encodings(tokenizer, ["".join(prompt)], add_special_tokens=not is_chat)
@@ -548,16 +540,6 @@ def prompt_tokens(prompt: Prompt, data: DataConfig, tokenizer) -> tuple[list[int
 def _conversation(messages: Any, data: DataConfig, tokenizer, where: str = "") -> tuple[str, list, bool]:
     """See `assistant_spans`. Raises `UserError` for anything but a conversation with an assistant in it."""
     where = f"data.name={data.name}: {where}column {data.messages_column}"
-    _check_messages(messages, where, tokenizer)
-    # A row that lacks a key has it as null where others have it, and a template would print that.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
-        return assistant_spans(tokenizer, messages, data.date)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _check_messages(messages: Any, where: str, tokenizer) -> None:
     if tokenizer.chat_template is None:
         raise UserError(
             f"data.format=messages: the tokenizer of model.name has no chat template; use {'prompt-response'!r}"
@@ -567,6 +549,12 @@ def _check_messages(messages: Any, where: str, tokenizer) -> None:
     )
     if not well_formed or not any(m["role"] == "assistant" for m in messages):
         raise UserError(f"{where}: must be a list of {{role, content}} texts with an assistant's turn in it")
+    # A row that lacks a key has it as null if others have it, and a template would print that.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        return assistant_spans(tokenizer, messages, data.date)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _texts(batch: dict[str, list], column: str, start: int, data: DataConfig) -> list[str]:

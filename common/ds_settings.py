@@ -1,7 +1,7 @@
 """DeepSpeed's JSON: read and checked before anything is downloaded, then completed from the YAML.
 
 The JSON holds what is DeepSpeed's own (stage, buckets, loss scaler). What all projects set in the YAML is an error in
-the JSON: two places for one setting would sooner or later differ. Which keys a project knows is the project's to say.
+the JSON: two places for one setting would sooner or later differ. Each project lists the keys that it knows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FP16 = {
     "consecutive_hysteresis": bool,
     "min_loss_scale": int,
 }
-# Where 0 ends in a traceback, some steps later even; of hysteresis, in a loss scale that never falls.
+# Keys for which 0 ends in a traceback, some steps later even; of hysteresis, in a loss scale that never falls.
 NOT_ZERO = ("zero_optimization.reduce_bucket_size", "fp16.loss_scale_window", "fp16.hysteresis")
 CHOICES = {"communication_data_type": ("fp16", "bf16", "fp32")}
 # DeepSpeed's key, and the keys of the YAML that stand for it.
@@ -38,25 +38,17 @@ OWNED_BY_YAML = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size, from which it follows",
     "gradient_clipping": "train.max_grad_norm",
-    "fp16.enabled": "train.precision",
-    "fp16.auto_cast": "train.precision",
+    **dict.fromkeys(("fp16.enabled", "fp16.auto_cast", "bf16", "bfloat16", "torch_autocast"), "train.precision"),
+    **dict.fromkeys(("data_types", "amp"), "train.precision"),
     "fp16.loss_scale": "train.precision (the loss scaler is dynamic)",
     "fp16.fp16_master_weights_and_grads": "train.precision (masters are fp32)",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "amp": "train.precision",
     "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.lr_schedule and train.warmup_steps",
     "activation_checkpointing": "train.activation_checkpointing",
     "compile": "train.compile",
     "steps_per_print": "nothing: metrics.jsonl has a line for every step",
     "memory_breakdown": "nothing: metrics.jsonl has the peak of GPU memory, which this would reset all the time",
-    "tensorboard": "tracking.backend",
-    "wandb": "tracking.backend",
-    "csv_monitor": "tracking.backend",
-    "comet": "tracking.backend",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "tracking.backend"),
     "checkpoint": "checkpoint.every and checkpoint.keep",
     "seed": "seed",
 }
@@ -84,7 +76,7 @@ def read_ds_config(
     """The JSON file `name`, a path or a file in `folder`, and the settings in it; `key` is the YAML's for it.
 
     `known` has the keys that it may hold, with their types; `owned` those that the YAML owns, as `OWNED_BY_YAML`;
-    `stage` is ZeRO's that it must have, and `why` the rest of the sentence that says so. Raises `UserError` for a
+    `stage` is ZeRO's that it must have, and `why` the rest of that error's sentence. Raises `UserError` for a
     missing or broken file, a key that the YAML owns or that is not known, a wrong type or value, another stage.
     """
     # The folder first: the default must not be another program's file of that name in the current folder.
@@ -135,7 +127,7 @@ def _check(settings: dict[str, Any], known: dict[str, Any], owned: dict[str, str
 def engine_settings(
     ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int, has_fp16: bool
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes: the JSON, and what the YAML says.
+    """What `deepspeed.initialize` takes: the JSON, completed from the YAML.
 
     Raises `UserError` for a precision that DeepSpeed does not offer on this device: with `has_fp16` False, fp16.
     """

@@ -67,47 +67,29 @@ def reported() -> Iterator[None]:
     """
     protect_output()
     try:
-        with _full_disk_explained():
-            yield
-    except UserError as error:
-        rank = _rank()
-        if rank and _launcher_has_spoken():
-            os._exit(2)  # it is ending this rank because another one met the mistake first
-        _wait_for_the_launcher(rank)
+        yield
+    except Exception as error:
+        mistake = error if isinstance(error, UserError) else full_disk(error)
+        number = os.environ.get("RANK", "")
+        rank = int(number) if number.isdecimal() else 0  # anything else is what common/launched.py complains about
+        if _launcher_has_spoken():
+            if mistake and rank:
+                os._exit(2)  # it is ending this rank because another one met the mistake first
+            if not mistake and isinstance(error, RuntimeError):
+                os._exit(1)  # a collective broke off because another rank has left, and that rank has printed why
+        elif rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
+        if not mistake:
+            raise
         where = f"rank {rank}: " if rank else ""
-        print(f"\nerror: {where}{error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {where}{mistake}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # A launcher's other ranks may be inside a collective; leaving without the interpreter's tidy-up cannot hang.
         os._exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
         os._exit(130)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and _launcher_has_spoken():
-            os._exit(1)  # a collective broke off because another rank has left, and that rank has said why
-        _wait_for_the_launcher(_rank())
-        raise
-
-
-@contextlib.contextmanager
-def _full_disk_explained() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if full := full_disk(error):
-            raise full from None
-        raise
-
-
-def _rank() -> int:
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdecimal() else 0  # anything else is what common/launched.py complains about
-
-
-def _wait_for_the_launcher(rank: int) -> None:
-    if rank and not _launcher_has_spoken():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
 
 
 def _launcher_has_spoken() -> bool:

@@ -30,7 +30,7 @@ def held_out_batches(
     Rows are sorted by length, so that little is padded, and cut into batches that are distributed whole, longest first.
     A batch is thus the same tensor, with the same loss to the last bit, whichever rank gets it. Every other round is
     reversed, so that no rank always gets the longest. Every rank gets the same number of batches, since a
-    sharded model's forward pass is a collective: where the last round is short, the rest get one row without targets.
+    sharded model's forward pass is a collective: if the last round is short, the rest get one row without targets.
     """
     order = np.argsort(-rows.lengths, kind="stable")
     batches = [
@@ -45,23 +45,17 @@ def held_out_batches(
 
 @torch.no_grad()  # not inference_mode: FSDP's gathered parameters would become inference tensors and spoil training
 def evaluate(
-    model: CausalLMLoss,
-    batches: Sequence[dict[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: str = "",
+    model: CausalLMLoss, batches: Sequence[dict[str, Tensor]], device: torch.device, progress: str = ""
 ) -> Tensor:
     """This rank's sums over `batches`, float64 [3] on `device`: token losses in nats, targets, targets predicted right.
 
-    The caller reduces them over the ranks. Computes under autocast of `dtype` unless that is fp32. `progress` is the
-    label of a progress bar; empty: none.
+    The caller reduces them over the ranks. `progress` is the label of a progress bar; empty: none.
     """
     total = torch.zeros(3, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for batch in track(batches, progress, "batch", len(batches), shown=bool(progress)):
-            total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
+    for batch in track(batches, progress, "batch", len(batches), shown=bool(progress)):
+        total += model(batch["input_ids"].to(device), batch["labels"].to(device), statistics=True)
     model.train(was_training)
     return total
 
@@ -76,9 +70,9 @@ def predicted_bytes(rows: TokenizedRows, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def figures(sums: Tensor, text_bytes: int) -> dict[str, float]:
-    """Loss (nats a token), perplexity, token accuracy and bits per byte from the reduced sums of `evaluate`.
+    """Loss (nats per token), perplexity, token accuracy and bits per byte from the reduced sums of `evaluate`.
 
-    Bits per byte divides by the bytes of the text, which no tokenizer changes, where the loss divides by its tokens
+    Bits per byte divides by the bytes of the text, which no tokenizer changes; the loss divides by its tokens
     (The Pile, https://arxiv.org/abs/2101.00027, section 3.1). Raises `UserError` if the loss is not finite.
     """
     total, targets, right = sums.tolist()

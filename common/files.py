@@ -1,10 +1,13 @@
-"""Files that are written whole, and removal that leaves links and mount points in place."""
+"""Files that are written atomically, and removal that leaves links and mount points in place."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 
@@ -30,13 +33,18 @@ def check_writable(output_dir: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or what it held before, also on a full disk; a link stays a link."""
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` with `write_whole`, as indented JSON."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def remove(path: Path) -> None:

@@ -30,7 +30,10 @@ def provide_user_and_home() -> None:
         getpass.getuser()
     except (KeyError, OSError):  # no passwd entry: torch.compile, W&B and MLflow ask for the name
         os.environ["LOGNAME"] = os.environ["USER"] = f"uid-{os.getuid()}"
-    home = Path("~").expanduser() if os.environ.get("HOME") else _home_of_passwd()
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
     if home and _is_writable(home):
         return
     substitute = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
@@ -50,13 +53,6 @@ def provide_user_and_home() -> None:
         if huggingface.is_dir():
             os.environ.setdefault("HF_HOME", str(huggingface))
         os.environ["XDG_CACHE_HOME"] = str(substitute / "cache")
-
-
-def _home_of_passwd() -> Path | None:
-    try:
-        return Path.home()
-    except RuntimeError:
-        return None
 
 
 def _is_writable(folder: Path) -> bool:

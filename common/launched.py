@@ -15,11 +15,11 @@ from common.errors import UserError
 
 ALL = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-# What launchers set besides: torchrun, DeepSpeed (LOCAL_SIZE, CROSS_…), Composer (NODE_RANK, BASE_RANK).
+# What else launchers set: torchrun, DeepSpeed (LOCAL_SIZE, CROSS_…), Composer (NODE_RANK, BASE_RANK).
 OTHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
           "ROLE_RANK", "ROLE_WORLD_SIZE", "NODE_RANK", "BASE_RANK", "TORCHELASTIC_RUN_ID",
           "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
-# Who starts several processes without saying so in RANK: (command, the process's rank, their number).
+# Who starts several processes without setting RANK: (command, the process's rank, their number).
 STARTERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
@@ -46,8 +46,10 @@ def settle() -> None:
     elif "LOCAL_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # DeepSpeed's name for it
         os.environ["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     _drop(*(name for name in os.environ if name.startswith(ACCELERATE)))
-    if not launched or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        _use_loopback()
+    alone = not launched or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if alone and loopback:  # all processes are on this machine: Gloo need not resolve its name, which may take long
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
 def forget() -> None:
@@ -109,11 +111,3 @@ def _check_alone() -> None:
 def _drop(*names: str) -> None:
     for name in names:
         os.environ.pop(name, None)
-
-
-def _use_loopback() -> None:
-    """All processes are on this machine: Gloo need not resolve its name, which may take long, or fail."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-        if loopback:
-            os.environ["GLOO_SOCKET_IFNAME"] = loopback

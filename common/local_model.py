@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from common.errors import UserError
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -26,17 +28,19 @@ def check_model_folder(name: str, with_weights: bool = True) -> None:
         raise UserError(_no_config(where, folder))
     if not with_weights:
         return
-    index = next((folder / file for file in INDEXES if (folder / file).is_file()), None)
-    single = next((folder / file for file in SINGLE if (folder / file).is_file()), None)
-    if single:
-        files = [single]
-    elif index:
-        files = sorted({folder / file for file in _shards(where, index)})
-    else:
+    found = next((folder / file for file in (*SINGLE, *INDEXES) if (folder / file).is_file()), None)
+    if not found:
         raise UserError(f"{where}: the folder {folder.resolve()} has no weights ({', '.join((*SINGLE, INDEXES[0]))})")
-    if index and (missing := [file.name for file in files if not file.is_file()]):
+    files = [found]
+    if found.name in INDEXES:
+        try:
+            names = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: {found.name} cannot be read: {error}") from None
+        files = sorted({folder / name for name in names})
+    if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(
-            f"{where}: {index.name} names {len(files)} files, and {', '.join(missing[:3])}"
+            f"{where}: {found.name} names {len(files)} files, and {', '.join(missing[:3])}"
             f"{' ...' if len(missing) > 3 else ''} is not there: download or copy the model again"
         )
     for file in files:
@@ -60,26 +64,11 @@ def _no_config(where: str, folder: Path) -> str:
     return f"{where}: the folder {folder.resolve()} has no config.json, so it holds no model{hub}"
 
 
-def _shards(where: str, index: Path) -> list[str]:
-    try:
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: {index.name} cannot be read: {error}") from None
-
-
 def _check_whole(where: str, file: Path) -> None:
-    """Compare the size with what the file's header says: 8 bytes with the header's length, the header, the tensors."""
-    size = file.stat().st_size
     try:
-        with file.open("rb") as start:
-            header_bytes = int.from_bytes(start.read(8), "little")
-            if size < 8 + header_bytes:
-                raise ValueError("its header is cut off")
-            header = json.loads(start.read(header_bytes))
-        whole = 8 + header_bytes + max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
-        if size != whole:
-            raise ValueError(f"it has {size:,} bytes of {whole:,}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with safe_open(file, "pt"):  # compares the file's size with its header
+            pass
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{where}: {file.name} is damaged ({error}), as by a download that broke off: download or copy it again"
         ) from None

@@ -36,7 +36,7 @@ SMALLEST_CHUNK = 256
 
 
 class CausalLMLoss(nn.Module):
-    """A Hugging Face causal language model whose forward returns the summed loss.
+    """A Hugging Face causal language model whose forward returns the summed loss, under autocast to `autocast`.
 
     It is the loss that the model itself would return: `check_loss` has compared the two. A wrapper such as DDP must see
     every parameter used inside `forward`: the output head's included.
@@ -44,8 +44,9 @@ class CausalLMLoss(nn.Module):
     Raises `UserError` for a model whose loss cannot be computed as a sum over its tokens.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, autocast: torch.dtype = torch.float32):
         super().__init__()
+        self.autocast = autocast
         self.losses = check_loss(model)
         if self.losses is own_head_losses and os.environ.get("RANK", "0") == "0":
             print(
@@ -62,7 +63,8 @@ class CausalLMLoss(nn.Module):
         """
         # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
         # may use its fast causal kernels.
-        return self.losses(self.model, input_ids, labels, statistics)
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast != torch.float32):
+            return self.losses(self.model, input_ids, labels, statistics)
 
 
 def chunked_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
@@ -107,7 +109,7 @@ def check_loss(model: nn.Module) -> Callable[..., Tensor]:
     ) from problem
 
 
-@torch.enable_grad()  # also where the caller only evaluates
+@torch.enable_grad()  # even if the caller only evaluates
 def _agreeing_losses(small: nn.Module) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids, other_ids = torch.randint(1, small.config.get_text_config().vocab_size, (2, 2, 16), generator=generator)
@@ -275,7 +277,7 @@ def _loss_then_gradient(device: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (fp32) += a @ b, without rounding the product to the type of a and b where the hardware can."""
+    """total (fp32) += a @ b, without rounding the product to the type of a and b if the hardware can."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8 and later

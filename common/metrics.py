@@ -39,7 +39,7 @@ def flops_per_token(model: torch.nn.Module, length: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The data sheet's FLOP/s of one GPU for `dtype`; None on a CPU and where the GPU is not known."""
+    """The data sheet's FLOP/s of one GPU for `dtype`; None on a CPU and if the GPU is not known."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").replace("/", " ").split()
@@ -50,7 +50,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class HostMemory:
     """Peak memory in GiB of a process and all below it, sampled every second by a thread.
 
-    Sums the proportional set sizes: a page that several processes share (libraries, forked workers) counts once. Where
+    Sums the proportional set sizes: a page that several processes share (libraries, forked workers) counts once. If
     the system does not report it (macOS), resident set sizes, which count it once per process.
     """
 

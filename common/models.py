@@ -148,7 +148,7 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"model.name={model.name}: a {config.model_type} model is not a causal language model")
     # Not what config.json may ask for: flash attention may be missing here, and others than SDPA attend to later tokens
-    # where they get no mask, as in a pipeline. None: SDPA, or the plain implementation of a family that has no SDPA.
+    # if they get no mask, as in a pipeline. None: SDPA, or the plain implementation of a family that has no SDPA.
     config._attn_implementation = None
     for part, name in random_settings(config):
         setattr(part, name, 0.0)
@@ -271,9 +271,9 @@ def base_folder(model: ModelConfig) -> Path | None:
 
 
 def use_fused_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Repeat grouped key/value heads where PyTorch has no fused kernel for them, as on a T4.
+    """Repeat grouped key/value heads if PyTorch has no fused kernel for them, as on a T4.
 
-    transformers hands grouped heads to scaled_dot_product_attention as they are. Where neither the flash nor the cuDNN
+    transformers hands grouped heads to scaled_dot_product_attention as they are. If neither the flash nor the cuDNN
     kernel runs, that falls back to one that holds the whole [length, length] matrix of every head; with the heads
     repeated, the memory-efficient kernel takes them.
     """
@@ -345,9 +345,9 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def small_groups(groups: list[dict[str, Any]], most: float) -> list[dict[str, Any]]:
-    """The same parameter groups in pieces of at most `most` parameters, or of one tensor where that has more.
+    """The same parameter groups in pieces of at most `most` parameters, or of one tensor if that has more.
 
-    ZeRO lays a group out in one row, and what it needs in a step besides is as large as the largest group.
+    ZeRO lays a group out in one row, and what else it needs in a step is as large as the largest group.
     """
     pieces = []
     for group in groups:
@@ -380,7 +380,7 @@ def _tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Tokenizer(tokenizer_models.BPE())
     # Qwen2's normalizer and splitting: transformers puts them in when it loads a saved Qwen2 tokenizer, whatever the
-    # file says, and the saved tokenizer must give the same ids as this one.
+    # file holds, and the saved tokenizer must give the same ids as this one.
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -13,12 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global state, and nothing that looks for a screen
 from matplotlib.ticker import PercentFormatter
 
-from common.report import (
-    FIGURES,
-    read_json,
-    read_metrics,
-    series,
-)
+from common.report import FIGURES, read_json, read_metrics, series
 
 # Okabe and Ito's palette, distinct with every kind of colour blindness: https://jfly.uni-koeln.de/color/
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -35,7 +30,7 @@ def plot_training(run_dir: str | Path) -> list[Path]:
     metrics, folder, paths = read_metrics(run_dir), Path(run_dir) / "plots", []
     name = read_json(Path(run_dir) / "summary.json").get("project", Path(run_dir).name)
     for file, title, unit, draw in (
-        ("loss", "loss", "loss (nats a token)", _draw_loss),
+        ("loss", "loss", "loss (nats per token)", _draw_loss),
         ("learning_rate", "learning rate", "learning rate", _draw_learning_rate),
         ("throughput", "throughput", "tokens/s, all processes", _draw_throughput),
         ("memory", "peak memory", "peak so far (GiB)", _draw_memory),

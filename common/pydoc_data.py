@@ -14,11 +14,10 @@ import inspect
 import json
 import sys
 import sysconfig
-import uuid
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import cache_folder
+from common.files import cache_folder, write_json
 
 MOST_CHARACTERS = 600  # of an answer: a few paragraphs
 SKIPPED = {"__phello__", "antigravity", "idlelib", "lib2to3", "test", "this", "turtledemo"}
@@ -49,33 +48,22 @@ def rows() -> list[dict]:
         for module, path in sources:
             for prompt, response in _questions(module, path):
                 found.setdefault(prompt, response)  # a redefinition (by platform) is dropped
-        _keep(found, cached)
+        with contextlib.suppress(OSError):  # nothing is lost if it cannot be kept
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cached, found)
     if len(found) < 1000:
         raise UserError(
             f"data.name=pydoc: only {len(found)} docstrings in {library}: is this Python without its sources?"
         )
-    return [_row(prompt, response) for prompt, response in found.items()]
-
-
-def _keep(found: dict[str, str], cached: Path) -> None:
-    """Write the cache atomically; several processes may do so at once. If it cannot be written, nothing is lost."""
-    with contextlib.suppress(OSError):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{uuid.uuid4().hex}.partial")
-        try:
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(cached)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _row(prompt: str, response: str) -> dict:
-    return {
-        "prompt": prompt,
-        "response": response,
-        "text": f"{prompt}\n{response}",
-        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
-    }
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "text": f"{prompt}\n{response}",
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+        }
+        for prompt, response in found.items()
+    ]
 
 
 def _questions(module: str, path: Path):
@@ -94,7 +82,7 @@ def _questions(module: str, path: Path):
 
 
 def _answer(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    """The docstring's first paragraphs, up to MOST_CHARACTERS; empty where there is none worth asking for."""
+    """The docstring's first paragraphs, up to MOST_CHARACTERS; empty if there is none worth asking for."""
     text = inspect.cleandoc(ast.get_docstring(node) or "")
     while len(text) > MOST_CHARACTERS and "\n\n" in text:
         text = text[: text.rindex("\n\n")]

@@ -71,7 +71,7 @@ def without_hangup() -> Iterator[None]:
 
 
 def not_joined(address: str, error: Exception) -> UserError:
-    """What to raise where something listens at `address`, and Ray could not join it."""
+    """What to raise if something listens at `address`, and Ray could not join it."""
     return UserError(
         f"RAY_ADDRESS={address}: could not be joined: {' '.join(str(error).split()) or type(error).__name__}. If "
         f"`ray start` spoke of token authentication, set RAY_AUTH_MODE=token, and on another machine copy "

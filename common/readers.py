@@ -36,7 +36,7 @@ class Number(str):
 
 
 def format_of(path: Path) -> str | None:
-    """The suffix that says how to read `path`, in lower case and without its compression; None for another one."""
+    """The suffix that decides how to read `path`, in lower case and without its compression; None for another one."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -49,7 +49,7 @@ def read_files(
     """The rows of `paths`, one file after another, and the names of all columns.
 
     The table may hold no other columns than those `wanted`; those of them that are `texts` hold text or null. A value
-    that a row does not have is null. `delimiter`: of a CSV file, other than its suffix says. Raises `Unreadable`.
+    that a row does not have is null. `delimiter`: of a CSV file, if it is not its suffix's. Raises `Unreadable`.
     """
     tables, names = [], {}
     for path in paths:
@@ -88,21 +88,18 @@ def _read(path: Path, wanted: set[str], texts: set[str], delimiter: str | None) 
             stored = pq.ParquetFile(file)
             names = stored.schema_arrow.names
             table = stored.read([name for name in names if name in wanted])
-            columns = (_plain(column) for column in table.columns)
-            return pa.table(dict(zip(table.column_names, columns, strict=True))), names
+            for i, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+                if pa.types.is_dictionary(column.type):  # categories: as the text that they stand for
+                    table = table.set_column(i, name, column.cast(column.type.value_type))
+            return table, names
         if form in (".csv", ".tsv"):
             return _table(_cells(file, delimiter or {".csv": ",", ".tsv": "\t"}[form]), wanted, texts)
         return _table(_json_rows(file), wanted, texts)
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Categories as the text that they stand for."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
 def _cells(file: BinaryIO, delimiter: str) -> Iterator[Row]:
     """Every cell is text, and an empty one is empty text."""
-    csv.field_size_limit(2**31 - 1)  # its default is 128 kB a cell
+    csv.field_size_limit(2**31 - 1)  # its default is 128 kB per cell
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         header = next(filter(None, reader), [])

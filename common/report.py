@@ -1,4 +1,4 @@
-"""What a run folder says, as tables. Reads its JSON files: it needs neither torch nor the framework that wrote them."""
+"""What a run folder holds, as tables. Reads its JSON files only: no torch, no framework."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_summary(run_dir: str | Path) -> dict:
-    """`summary.json`; for a run that is still running, was killed or failed, also what `metrics.jsonl` says.
+    """`summary.json`; for a run that is still running, was killed or failed, also what `metrics.jsonl` holds.
 
-    Raises `UserError` where the folder has neither.
+    Raises `UserError` if the folder has neither.
     """
     summary, points = read_json(Path(run_dir) / "summary.json"), series(read_metrics(run_dir), "loss")
     if not summary and not points:
@@ -75,7 +75,7 @@ def summary_lines(summary: dict) -> list[tuple[str, str]]:
 
 
 def devices(environment: dict, kind: str = "") -> str:
-    """What an `environment.json` says of where the run computed, such as `2 × Tesla T4 (14.7 GiB)`.
+    """Where the run of an `environment.json` computed, such as `2 × Tesla T4 (14.7 GiB)`.
 
     `kind` is the type of the device in use; without it, GPUs that are there were used.
     """

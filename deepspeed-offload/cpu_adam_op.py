@@ -1,4 +1,4 @@
-"""DeepSpeed's cpu_adam: compiled before the training, with a plain word where that cannot be."""
+"""DeepSpeed's cpu_adam: compiled before the training, or a clear error if that cannot be."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_cpu_adam() -> None:
     """Compile DeepSpeed's AdamW for this machine's CPU, or load what was compiled before.
 
     On each machine the first rank compiles while the other ranks wait: two compilers in one folder break it.
-    Raises `UserError` where the compiler or ninja is missing or fails.
+    Raises `UserError` if the compiler or ninja is missing or fails.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package

@@ -51,6 +51,6 @@ def read_ds_config(name: str, folder: Path) -> dict[str, Any]:
 def engine_settings(
     ds_config: dict[str, Any], cfg: BaseConfig, dtype: torch.dtype, accumulation: int
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` takes: the JSON, and what the YAML says."""
+    """What `deepspeed.initialize` takes: the JSON, completed from the YAML."""
     settings = ds_settings.engine_settings(ds_config, cfg, dtype, accumulation, get_accelerator().is_fp16_supported())
     return settings | {"zero_force_ds_cpu_optimizer": False}  # offload.optimizer=torch is allowed too

@@ -7,7 +7,7 @@ More is there than is needed, and no setting changes that:
 - A gradient comes from the GPU in the weights' type, and the new weights go back in it, never both at a time.
   `share_buffers` lets one buffer serve both, and widens to fp32 only the slice that AdamW is at.
 - Page-locked memory comes from PyTorch's allocator, which rounds every buffer up to a power of two. `page_lock` locks
-  the buffers where they are.
+  the buffers in place.
 - After the last step the moments only wait for the end of the process. `drop_moments` frees them before the export.
 """
 
@@ -26,11 +26,11 @@ SLICE = 2**21  # parameters: all that AdamW reads and writes of them fits a CPU'
 
 
 def share_buffers(zero) -> None:
-    """Keep the gradients where the new weights will be: 4 bytes a parameter of host memory less.
+    """Keep the gradients where the new weights will be: 4 bytes per parameter of host memory less.
 
-    With several micro-batches a step, the sum so far lies there as well, and not in buffers of its own (2 bytes more).
+    With several micro-batches per step, the sum so far lies there too, and not in buffers of its own (2 bytes more).
     `zero` is DeepSpeed's optimizer. Nothing is lost: gradients reach the host in the weights' type, and its fp32 buffer
-    would only hold the same values. The time also gets less: half as many bytes travel, and unscaling, clipping and
+    would only hold the same values. It is faster, too: half as many bytes travel, and unscaling, clipping and
     AdamW go through a slice while it is in the cache.
     """
     all_masters, buffers = zero.single_partition_of_fp32_groups, zero.param_buffer_of_bit16_for_cpu_offload_groups
@@ -104,7 +104,7 @@ def page_lock(zero) -> None:
     """Page-lock what the GPU reads and writes: the buffers of gradients and new weights.
 
     A copy between locked memory and the GPU runs by itself while both compute; one from ordinary memory goes through a
-    small buffer of the driver's, and the GPU waits. Where the system refuses, a warning says what that costs.
+    small buffer of the driver's, and the GPU waits. If the system refuses, a warning prints what that costs.
     """
     for buffer in zero.param_buffer_of_bit16_for_cpu_offload_groups:
         if status := int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)):
@@ -119,7 +119,7 @@ def page_lock(zero) -> None:
 
 
 def drop_moments(zero) -> None:
-    """Free Adam's moments, 8 bytes a parameter. No step can follow."""
+    """Free Adam's moments, 8 bytes per parameter. No step can follow."""
     zero.optimizer.state.clear()
     for group in zero.bit16_groups:
         for parameter in group:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with DeepSpeed's ZeRO-2 offload: on one GPU, or with two processes on the CPU where there is none.
+# Fine-tune with DeepSpeed's ZeRO-2 offload: on one GPU, or with two processes on the CPU if there is none.
 #
 #   deepspeed-offload/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=2 deepspeed-offload/launch.sh ...                              # another number of processes

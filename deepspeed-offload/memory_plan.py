@@ -25,13 +25,13 @@ PROCESS = {
     "cuda": 4.2 * GIB,
     "cpu": 0.55 * GIB,
 }  # of a rank without the model: Python, libraries, CUDA, data
-LAUNCHER = 0.33 * GIB  # once a machine
+LAUNCHER = 0.33 * GIB  # once per machine
 # What one decoder layer keeps for its backward, and what that backward takes on top: values a token, as multiples of
 # the model's width and of the width inside the MLP. Counted in transformers' Llama: two norms that compute in fp32, the
 # inputs of seven matrices, query, key, value and result of the attention, four tensors in the MLP.
 KEPT_WIDTHS, KEPT_INNER = 13, 4
 BACKWARD_WIDTHS, BACKWARD_INNER = 2, 3
-LOGITS = 1.0  # tensors of a chunk's logits that are there at a time: one where the loss is compiled
+LOGITS = 1.0  # tensors of a chunk's logits that are there at a time: one if the loss is compiled
 TIGHT = 0.9  # share of what there is, above which a warning is printed
 
 
@@ -82,7 +82,7 @@ def gpu_bytes(model: Model, settings: dict, b: int, tokens: int, checkpointing: 
     phases = {
         # The head's gradient is summed in fp32 while a chunk's logits are there; hidden states in and out.
         "loss": b * inputs + 4 * model.head + LOGITS * b * chunk + 5 * b * hidden,
-        # One layer again (with checkpointing) and backward; the head's gradient, which waits for the embedding's where
+        # One layer again (with checkpointing) and backward; the head's gradient, which waits for the embedding's if
         # they are tied; gradients in buckets: one that fills, one that leaves (overlap_comm), one that is summed.
         "layers": b * (inputs + backward + (kept if checkpointing else 0) + model.head)
         + b * bucket * (3 if zero.get("overlap_comm") else 2),
@@ -111,7 +111,7 @@ def host_bytes(model: Model, settings: dict, b: int, ranks: int, local_ranks: in
         return 1 << (size - 1).bit_length() if own and device == "cuda" else size
 
     def buffers(size: int) -> int:
-        """One of `size` bytes a parameter for each group, on all ranks of the machine."""
+        """One of `size` bytes per parameter for each group, on all ranks of the machine."""
         return local_ranks * sum(buffer(size * -(-sum(group) // ranks)) for group in model.groups)
 
     parts = {"masters": buffers(4), "moments": local_ranks * 8 * model.parameters / ranks}
@@ -141,8 +141,8 @@ def divided(group: list[int], ranks: int) -> int:
 def check_memory(cfg: BaseConfig, settings: dict, device: torch.device, dtype: torch.dtype, ranks: int) -> dict:
     """The prediction for this run, in GiB, as it goes into environment.json.
 
-    Raises `UserError` where the GPU or the host has less, saying how much is missing and what to change; prints a
-    warning where it will be tight.
+    Raises `UserError` if the GPU or the host has less, with how much is missing and what to change; prints a
+    warning if it will be tight.
     """
     model, b = Model.of(cfg), torch.empty(0, dtype=dtype).element_size()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -220,7 +220,7 @@ def _own_cgroups(root: Path) -> dict[str, str]:
 
 
 def _left(limit: Path, used: Path, statistics: Path, cache: str) -> float | None:
-    """None if there is no limit (version 2 says `max`, version 1 a number near 2^63)."""
+    """None if there is no limit (version 2 has `max`, version 1 a number near 2^63)."""
     try:
         most = int(limit.read_text())
         stat = dict(line.split() for line in statistics.read_text().splitlines())

@@ -1,7 +1,7 @@
 """Fine-tune a language model with DeepSpeed ZeRO-2 and CPU offload.
 
 The GPU keeps the weights in 16 bits and computes with them. Their fp32 masters, the gradients and Adam's moments, 14 of
-16 bytes a parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
+16 bytes per parameter, are in host memory, and AdamW runs there: a GPU of 16 GB trains what would need 20 GB and more.
 
     deepspeed-offload/launch.sh                                        # the real run, on one GPU
     deepspeed-offload/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from host_buffers import drop_moments, page_lock, share_buffers
 from memory_plan import check_memory
 
 from common import data, errors, evaluation, models, runtime
-from common.checkpoints import Checkpoints, identity
+from common.checkpoints import Checkpoints, copy_overlap, identity
 from common.ds_settings import restore_scaler, scaler_state
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
@@ -81,8 +80,6 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     if cfg.train.compile:
         for layer in models.decoder_layers(model):
             layer.compile()
-    # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     # AdamW works on a group while the new weights of the group before travel.
     groups = models.small_groups(groups, cfg.offload.group_millions * 1e6)
@@ -131,7 +128,7 @@ def train_step(engine, batch: data.StepBatch, device) -> tuple[float, float, int
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in batch.micro_batches:
         micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-        loss = engine(**micro_batch)  # in the engine's type: nothing is left for autocast
+        loss = engine(**micro_batch)
         # NOTE: scale_wrt_gas would divide by the number of micro-batches too. Gradients leave for the host in buckets
         # while the backward still computes, after each micro-batch: ZeRO-2 has no no_sync.
         engine.backward(loss * scale, scale_wrt_gas=False)
@@ -141,9 +138,9 @@ def train_step(engine, batch: data.StepBatch, device) -> tuple[float, float, int
     return (loss_sum / counts[0]).item(), float(engine.get_global_grad_norm()), int(counts[1].item())
 
 
-def evaluate(engine, batches, device) -> float:
-    """Mean token loss over the held-out rows, the same for any number of ranks."""
-    sums = evaluation.evaluate(engine.module, batches, device, torch.float32)  # without autocast, as in train_step
+def evaluate(module, batches, device) -> float:
+    """Mean token loss over the held-out rows, the same for any number of ranks; `module` is the unwrapped loss."""
+    sums = evaluation.evaluate(module, batches, device)
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -159,7 +156,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine) -> None:
         checkpoints.begin(step)
     dist.barrier()
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    runtime.save_rng(folder, rank)
     steps = 0
     for i, masters in enumerate(zero.single_partition_of_fp32_groups):
         state = {"masters": masters.detach(), **zero.optimizer.state[masters]}
@@ -192,19 +189,15 @@ def load_checkpoint(folder: Path, engine) -> None:
         replay_steps(zero.optimizer, steps)
     zero.update_lp_params()  # the weights on the GPU, from their masters
     restore_scaler(zero.loss_scaler, saved["scaler"])
-    rng = folder / f"rng-{dist.get_rank()}.pt"
-    if rng.exists():
-        runtime.set_rng_state(torch.load(rng, weights_only=True))
+    runtime.load_rng(folder, dist.get_rank())
 
 
 def read_part(part: torch.Tensor, folder: Path, name: str, ranks: int) -> None:
     """Fill this rank's `part` of a group from what `ranks` ranks wrote: their parts in a row are the whole group."""
-    begin, at = dist.get_rank() * len(part), 0
+    at = 0
     for rank in range(ranks):
         saved = torch.load(folder / f"{name}-{rank}.pt", mmap=True, weights_only=True)
-        first, last = max(begin, at), min(begin + len(part), at + len(saved))
-        if first < last:
-            part[first - begin : last - begin] = saved[first - at : last - at]
+        copy_overlap(part, dist.get_rank() * len(part), saved, at)
         at += len(saved)
 
 
@@ -243,7 +236,7 @@ def train(cfg: Config) -> None:
         schedule = lr_schedule(cfg, zero.optimizer, total_steps, first_step)
         run.begin(model, device, dtype, first_step, total_steps, folder)
         if first_step == 0:
-            run.log_evaluation(0, evaluate(engine, held_out, device))
+            run.log_evaluation(0, evaluate(engine.module, held_out, device))
 
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
@@ -252,19 +245,12 @@ def train(cfg: Config) -> None:
             schedule.step()
             skipped = skipped + 1 if zero.overflow else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                run.log_evaluation(step, evaluate(engine, held_out, device))
+                run.log_evaluation(step, evaluate(engine.module, held_out, device))
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, engine)
             if stopping and step < total_steps:

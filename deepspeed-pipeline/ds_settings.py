@@ -20,7 +20,7 @@ KNOWN: dict[str, Any] = {
 }
 OWNED_BY_YAML = ds_settings.OWNED_BY_YAML | {
     "pipeline": "pipeline.stages and pipeline.partition, and train.activation_checkpointing",
-    "wall_clock_breakdown": "nothing: with it DeepSpeed's pipeline fails where steps_per_print is not set",
+    "wall_clock_breakdown": "nothing: with it DeepSpeed's pipeline fails if steps_per_print is not set",
 }
 
 

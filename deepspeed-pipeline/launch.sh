@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with a DeepSpeed pipeline: one stage on each GPU found, or two stages on the CPU where there is none.
+# Fine-tune with a DeepSpeed pipeline: one stage on each GPU found, or two stages on the CPU if there is none.
 #
 #   deepspeed-pipeline/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=4 deepspeed-pipeline/launch.sh pipeline.stages=2               # two pipelines of two stages

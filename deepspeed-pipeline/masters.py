@@ -1,6 +1,6 @@
 """The optimizer's state by the names of the parameters, and checkpoint files of it.
 
-ZeRO-1 lays the fp32 masters of a stage's parameters in a row and deals the row out to the data-parallel ranks. So a
+ZeRO-1 lays the fp32 masters of a stage's parameters in a row and divides the row among the data-parallel ranks. So a
 rank holds pieces of parameters: most of them whole, the first and the last perhaps cut. A checkpoint has a folder for
 each parameter, `state/NAME/`, and in it a file for each piece, `masters-0.pt`, named by the element that it begins
 with. So any other grid of stages and ranks can resume from it, and a process without DeepSpeed can put the whole model
@@ -9,13 +9,15 @@ together. A tied parameter is written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from common.checkpoints import copy_overlap
 
 KINDS = ("masters", "exp_avg", "exp_avg_sq")
 
@@ -60,7 +62,7 @@ def write_state(zero, model: torch.nn.Module, folder: Path) -> int:
             continue
         (folder / piece.name).mkdir(parents=True, exist_ok=True)
         for kind in KINDS:
-            if kind in parts:  # no moments where each step so far was skipped
+            if kind in parts:  # no moments if each step so far was skipped
                 # A copy: of a view, torch.save would write all that it is a view of.
                 part = piece.of(parts[kind]).to("cpu", copy=True)
                 torch.save(part, folder / piece.name / f"{kind}-{piece.begin}.pt")
@@ -72,10 +74,36 @@ def read_state(folder: Path, kind: str, name: str, into: Tensor, begin: int = 0)
 
     `folder` holds what all ranks wrote with `write_state`. Files are mapped, not read whole.
     """
-    end = begin + len(into)
     for file in (folder / name).glob(f"{kind}-*.pt"):
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        at = int(file.stem.split("-")[1])
-        first, last = max(begin, at), min(end, at + len(saved))
-        if first < last:
-            into[first - begin : last - begin] = saved[first - at : last - at]
+        copy_overlap(into, begin, saved, int(file.stem.split("-")[1]))
+
+
+def load_state(zero, model: torch.nn.Module, folder: Path, steps: int) -> None:
+    """Fill this rank's masters and moments from what `write_state` wrote after `steps` steps of AdamW."""
+    if steps:  # else each so far was skipped, and AdamW has no moments yet
+        for masters in zero.single_partition_of_fp32_groups:
+            moments = {kind: torch.zeros_like(masters) for kind in KINDS[1:]}
+            zero.optimizer.state[masters] = {"step": torch.tensor(float(steps), device=masters.device), **moments}
+    for piece in pieces(zero, model):
+        masters = zero.single_partition_of_fp32_groups[piece.group]
+        for kind, part in {"masters": masters, **zero.optimizer.state[masters]}.items():
+            if kind in KINDS:
+                read_state(folder, kind, piece.name, piece.of(part), piece.begin)
+    zero.update_lp_params()  # the weights, from their masters
+
+
+def gather_masters(zero, model: torch.nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that gives the main process the whole fp32 master of a parameter, from all ranks' pieces of it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = {piece.name: piece for piece in pieces(zero, model) if not piece.is_copy}
+
+    def gather(parameter: Tensor) -> Tensor:
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+        if piece := held.get(names[parameter]):
+            part = zero.single_partition_of_fp32_groups[piece.group]
+            whole.view(-1)[piece.begin : piece.end] = piece.of(part)
+        dist.reduce(whole, 0)  # each element is one rank's, and zero on all others
+        return whole
+
+    return gather

@@ -25,7 +25,7 @@ SECONDS, BLOCKS = 0.1, 3  # that a measurement takes, about
 
 
 class Costs(NamedTuple):
-    """What forward and backward of one micro-batch cost: seconds where they were measured, or operations a token."""
+    """What forward and backward of one micro-batch cost: seconds if they were measured, or operations a token."""
 
     embedding: float
     layer: float
@@ -63,7 +63,7 @@ def describe(partition: list[int], costs: Costs | None, kind: str) -> str:
     if costs is None:
         return line
     line += f" (as {kind}: output head and loss cost {costs.head / costs.layer:.1f} layers"
-    return line + (f", a layer takes {1e3 * costs.layer:.1f} ms a micro-batch)" if kind == "measured" else ")")
+    return line + (f", a layer takes {1e3 * costs.layer:.1f} ms per micro-batch)" if kind == "measured" else ")")
 
 
 def deal_out(layers: int, stages: int, costs: Costs) -> list[int]:

@@ -117,7 +117,7 @@ class DecoderPipeline(PipelineModule):
             super().__init__(
                 specs, num_stages=len(layers_by_stage), loss_fn=self.loss, partition_method=bounds, **options
             )
-        model.tie_weights()  # where the embedding has got memory, it is another tensor than the head's
+        model.tie_weights()  # if the embedding has got memory, it is another tensor than the head's
         self.head = [model.get_output_embeddings().weight]  # in a list: it is the parameter of a layer already
 
     def _partition_layers(self, method: list[int]) -> None:
@@ -182,7 +182,7 @@ def stage_count(stages: int, world_size: int) -> int:
     if world_size % stages:
         fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
-            f"pipeline.stages={stages}: {world_size} processes are no whole number of pipelines with {stages} stages: "
+            f"pipeline.stages={stages}: {world_size} processes are not a multiple of {stages} stages: "
             f"set it to {' or '.join(map(str, fitting))}, or start another number of processes"
         )
     return stages

@@ -2,7 +2,7 @@
 
 Each GPU holds some of the layers, a stage. A batch is cut into micro-batches that go through the stages one after
 another, so that all GPUs compute at the same time, each on another micro-batch. What travels is one tensor of hidden
-states a micro-batch and its gradient on the way back: little, where the links between GPUs are slow.
+states per micro-batch and its gradient on the way back: little, which suits slow links between GPUs.
 
     deepspeed-pipeline/launch.sh                                        # the real run: one stage on each GPU found
     deepspeed-pipeline/launch.sh --config smoke.yaml                    # no network, no GPU: two stages on the CPU
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from ds_settings import read_ds_config
 from gradient_norm import sum_once
-from masters import KINDS, pieces, read_state, write_state
+from masters import gather_masters, load_state, pieces, write_state
 from partition import costs, describe, layers_by_stage
 from stages import DecoderPipeline, check_family, check_head, checkpoint_activations, stage_count, warn_of_waiting
 
@@ -101,8 +100,6 @@ def build_model(
         # Blocks have one length; padded micro-batches do not, and a stage must then know what will arrive.
         dynamic_shape=cfg.data.packing == "none",
     )
-    # DeepSpeed 0.19 still calls it by the name that torch 2.13 gives up.
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     groups = [{**group, "params": [p for p in group["params"] if not p.is_meta]} for group in groups]
     # NOTE: a step copies a group's gradients to fp32 and then frees them. So groups are small, and the largest, the
@@ -174,7 +171,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine, model) -> None:
         checkpoints.begin(step)
     dist.barrier()
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    runtime.save_rng(folder, rank)
     steps = write_state(zero, model, folder / "state")
     if rank == 0:
         torch.save({"steps": steps, "scaler": scaler_state(zero.loss_scaler)}, folder / "training.pt")
@@ -188,21 +185,9 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine, model) -> None:
 def load_checkpoint(folder: Path, engine, model) -> None:
     """Put back what `save_checkpoint` wrote; the number of stages and of pipelines may have changed."""
     zero, saved = engine.optimizer, torch.load(folder / "training.pt", weights_only=True)
-    if saved["steps"]:  # else each so far was skipped, and AdamW has no moments yet
-        for masters in zero.single_partition_of_fp32_groups:
-            moments = {kind: torch.zeros_like(masters) for kind in KINDS[1:]}
-            zero.optimizer.state[masters] = {"step": torch.tensor(float(saved["steps"]), device=masters.device)}
-            zero.optimizer.state[masters] |= moments
-    for piece in pieces(zero, model):
-        masters = zero.single_partition_of_fp32_groups[piece.group]
-        for kind, part in {"masters": masters, **zero.optimizer.state[masters]}.items():
-            if kind in KINDS:
-                read_state(folder / "state", kind, piece.name, piece.of(part), piece.begin)
-    zero.update_lp_params()  # the weights, from their masters
+    load_state(zero, model, folder / "state", saved["steps"])
     restore_scaler(zero.loss_scaler, saved["scaler"])
-    rng = folder / f"rng-{dist.get_rank()}.pt"
-    if rng.exists():
-        runtime.set_rng_state(torch.load(rng, weights_only=True))
+    runtime.load_rng(folder, dist.get_rank())
 
 
 def train(cfg: Config) -> None:
@@ -257,15 +242,8 @@ def train(cfg: Config) -> None:
             schedule.step()
             skipped = skipped + 1 if zero.overflow else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
@@ -284,22 +262,6 @@ def peaks(device: torch.device) -> dict:
     by_rank = [None] * dist.get_world_size()
     dist.all_gather_object(by_rank, round(peak_gpu_gib(device), 3))
     return {"peak_gpu_gib": max(by_rank) or None, "peak_gpu_gib_by_rank": by_rank}
-
-
-def gather_masters(zero, model: PreTrainedModel, device: torch.device):
-    """A function that gives the main process the whole fp32 master of a parameter, from all ranks' pieces of it."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    held = {piece.name: piece for piece in pieces(zero, model) if not piece.is_copy}
-
-    def gather(parameter: torch.Tensor) -> torch.Tensor:
-        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-        if piece := held.get(names[parameter]):
-            part = zero.single_partition_of_fp32_groups[piece.group]
-            whole.view(-1)[piece.begin : piece.end] = piece.of(part)
-        dist.reduce(whole, 0)  # each element is one rank's, and zero on all others
-        return whole
-
-    return gather
 
 
 def main() -> None:

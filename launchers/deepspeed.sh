@@ -1,4 +1,4 @@
-# Sourced by the launch.sh of the projects that the deepspeed launcher starts: one process for each GPU found, or two on
+# Sourced by the launch.sh of the projects that the deepspeed launcher starts: one process per GPU found, or two on
 # the CPU. NNODES, NODE_RANK and MASTER_ADDR start it on several machines.
 also_needed=deepspeed
 source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"

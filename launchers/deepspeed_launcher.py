@@ -48,7 +48,7 @@ def launcher_options(processes: int) -> list[str]:
 def devices(processes: int) -> list[str]:
     """What the processes here will see as CUDA_VISIBLE_DEVICES; DeepSpeed starts one for each entry."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return ["-1"] * processes  # no GPU, where there is one that is not meant
+        return ["-1"] * processes  # no GPU, if there is one that is not meant
     visible = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
     if not visible:
         return [str(gpu) for gpu in range(processes)]

@@ -35,7 +35,7 @@ elif [[ -n $missing ]]; then
         "deactivate it: the repository's own .venv is then built and used" >&2
     exit 2
 fi
-# The project's own modules, and `common`, also where the package is not installed.
+# The project's own modules, and `common`, even if the package is not installed.
 export PYTHONPATH=$folder:$repository${PYTHONPATH:+:$PYTHONPATH}
 # When one process ends with an error, the C++ parts of the other ones print stack traces over its error line.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}

@@ -2,12 +2,12 @@
 
     GPU_SHARES=2 pytorch-fsdp/launch.sh         # two processes on one GPU
 
-To see several processes work, and to measure them, where there is one GPU. `launch.sh` puts this program before the
-script where GPU_SHARES is set: local rank i then computes on GPU i // GPU_SHARES and takes that for its machine's only
+To see several processes work, and to measure them, on a machine with one GPU. `launch.sh` puts this program before the
+script if GPU_SHARES is set: local rank i then computes on GPU i // GPU_SHARES and takes that for its machine's only
 one. NCCL refuses two ranks on one GPU, unless they are on different hosts; so each process gets a host name of its own,
 and what they exchange goes over sockets, through the host's memory.
 
-Where CUDA's multi-process service runs (`nvidia-cuda-mps-control -d`), the processes compute at the same time, each on
+If CUDA's multi-process service runs (`nvidia-cuda-mps-control -d`), the processes compute at the same time, each on
 its share of the multiprocessors; else they take turns. Memory bandwidth, caches and power are common to all.
 
 Nothing here imports torch: CUDA reads the environment when it starts.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 
 def share_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the environment of a launcher's process must say, for it to have 1 / GPU_SHARES of a GPU to itself."""
+    """What the environment of a launcher's process must hold, for it to have 1 / GPU_SHARES of a GPU to itself."""
     shares, local_rank = int(environment["GPU_SHARES"]), int(environment.get("LOCAL_RANK", 0))
     gpu = local_rank // shares
     visible = list(dict.fromkeys(filter(None, environment.get("CUDA_VISIBLE_DEVICES", "").split(","))))
@@ -37,7 +37,7 @@ def share_variables(environment: Mapping[str, str]) -> dict[str, str]:
         **({"NCCL_SOCKET_IFNAME": "lo"} if alone else {}),
     }
     return {name: value for name, value in defaults.items() if name not in environment} | {
-        "GPU_SHARE": f"1/{shares} of GPU {gpu}",  # says what is missing, if there is no such GPU
+        "GPU_SHARE": f"1/{shares} of GPU {gpu}",  # names what is missing, if there is no such GPU
         "CUDA_VISIBLE_DEVICES": (visible[gpu] if gpu < len(visible) else "") if visible else str(gpu),
         "NCCL_HOSTID": f"{platform.node()}-{local_rank}",
         "LOCAL_RANK": "0",

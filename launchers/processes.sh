@@ -1,8 +1,8 @@
 # Sourced by the launch.sh of all projects but Ray's: the Python environment, `gpus` and `processes` of this machine, and
-# `share`, what stands before the script where GPU_SHARES processes share a GPU.
+# `share`, what stands before the script if GPU_SHARES processes share a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-whole_number() { # NAME what it is: ends where that variable is set to anything but a number from 1 to 99
+whole_number() { # NAME what it is: ends if that variable is set to anything but a number from 1 to 99
     if [[ -n ${!1:-} && ! ${!1} =~ ^[1-9][0-9]?$ ]]; then
         echo "error: $1=${!1}: set it to $2, such as 2" >&2
         exit 2

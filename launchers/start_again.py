@@ -13,7 +13,7 @@ SHELL = 'set -euo pipefail; source "$0"; exec python "$@"'
 def start_again(error: ModuleNotFoundError, **variables: str) -> NoReturn:
     """Run the script instead of this process with what `environment.sh` finds or builds; `variables` are for it.
 
-    Raises `error` where that has been done already.
+    Raises `error` if that has been done already.
     """
     if "STARTED_AGAIN" in os.environ:
         raise error

@@ -1,7 +1,7 @@
-"""torchrun, without its traceback when a worker fails: the worker has said why, in one line, before it ended.
+"""torchrun, without its traceback when a worker fails: the worker has printed why, in one line, before it ended.
 
 `python -m launchers.torchrun` takes the arguments of `torchrun` and is the same launcher. When it is stopped, it
-gives the workers five minutes to save, where torch has an option for that, and not its usual 30 seconds. Under nohup,
+gives the workers five minutes to save, if torch has an option for that, and not its usual 30 seconds. Under nohup,
 it and its workers ignore SIGHUP. With --standalone, this machine's name need not resolve.
 """
 
@@ -32,7 +32,7 @@ def launch() -> None:
         main([*options, *sys.argv[1:]])
     except ChildFailedError as error:
         exit_code = error.get_first_failure()[1].exitcode
-        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)  # as a shell says that a signal ended it
+        sys.exit(exit_code if exit_code > 0 else 128 - exit_code)  # as a shell reports that a signal ended it
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval.value)
 

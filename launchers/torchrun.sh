@@ -1,4 +1,4 @@
-# Sourced by the launch.sh of the projects that torchrun starts: one process for each GPU found, or two on the CPU.
+# Sourced by the launch.sh of the projects that torchrun starts: one process per GPU found, or two on the CPU.
 source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 
 torchrun_script() { # SCRIPT [arguments]: start it in `processes` processes here, and on NNODES machines if that is set

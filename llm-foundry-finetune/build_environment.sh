@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build or update .venv-foundry from requirements.txt, where that is needed; launch.sh and `make test` call it. Several starts build
+# Build or update .venv-foundry from requirements.txt, if that is needed; launch.sh and `make test` call it. Several starts build
 # it once: the other ones wait. The stamp `ready` is written last, so that an interrupted build is continued.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."

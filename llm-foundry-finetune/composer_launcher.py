@@ -25,7 +25,7 @@ def training_processes() -> list[psutil.Process]:
 
 
 def print_failure(rank: int, process: subprocess.Popen) -> None:
-    """What a rank other than the first said last; the first rank's words are on the screen already."""
+    """What a rank other than the first printed last; the first rank's lines are on the screen already."""
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.seek(0)

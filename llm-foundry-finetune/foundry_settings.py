@@ -83,13 +83,13 @@ def read_settings(cfg: Config) -> DictConfig:
 def write_settings(cfg: Config, settings: DictConfig, values: dict[str, Any], target: Path) -> Path:
     """Put the common settings and `values` into `settings`, check that all is filled in, and write them to `target`.
 
-    Raises `UserError` for `${variables…}` that do not exist and for a number where config.yaml's must stand.
+    Raises `UserError` for `${variables…}` that do not exist and for a number instead of config.yaml's.
     """
     common = OmegaConf.to_container(OmegaConf.structured(cfg))
     try:
         settings = OmegaConf.merge(settings, {"variables": common | {"run": values}})
         resolved = OmegaConf.to_container(OmegaConf.merge(settings, {"owned": OWNED}), resolve=True)
-    except (OmegaConfBaseException, TypeError) as error:  # the latter, where `variables` holds no keys
+    except (OmegaConfBaseException, TypeError) as error:  # the latter, if `variables` holds no keys
         problem, name = str(error).splitlines()[0], getattr(error, "full_key", None) or "variables"
         raise UserError(f"foundry.file={cfg.foundry.file}: {name.removeprefix('owned.')}: {problem}") from None
     for name, ours in resolved["owned"].items():

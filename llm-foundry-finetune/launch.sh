@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with LLM Foundry: one process for each GPU found, or two on the CPU where there is none. The first start
+# Fine-tune with LLM Foundry: one process per GPU found, or two on the CPU if there is none. The first start
 # builds the environment that LLM Foundry needs, .venv-foundry: 7 GB, a few minutes.
 #
 #   llm-foundry-finetune/launch.sh [--config FILE] [key=value ...]

@@ -6,7 +6,7 @@ writes `foundry/train.jsonl` and `foundry/eval.jsonl` into the run folder. train
 
 The training file holds the rows in the order of training, step by step and epoch after epoch, so that Foundry, which
 does not shuffle it, sees in each step the very rows that the other projects see. It sees the very tokens, too: Foundry
-would tokenize prompt and response apart, which gives others where a token crosses their border.
+would tokenize prompt and response apart, which gives others if a token crosses their border.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def check_data_settings(cfg: BaseConfig) -> None:
     if cfg.data.packing != "none":
         raise UserError(
             f"data.packing={cfg.data.packing}: LLM Foundry packs whole rows into a sequence, and does not cut them "
-            f"into blocks: set data.packing=none, and foundry.packing_ratio to the rows a sequence"
+            f"into blocks: set data.packing=none, and foundry.packing_ratio to the rows per sequence"
         )
 
 
 def rows_per_step(cfg: Config, world_size: int) -> int:
-    """Rows of data that an optimizer step takes; more than its sequences where rows are packed."""
+    """Rows of data that an optimizer step takes; more than its sequences if rows are packed."""
     return world_size * int(cfg.train.global_batch_size // world_size * cfg.foundry.packing_ratio)
 
 

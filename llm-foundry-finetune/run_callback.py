@@ -51,7 +51,7 @@ class GradientNorm(Callback):
 
 
 def _average_on_cpu(model: torch.nn.Module) -> None:
-    """Gloo of torch 2.7 sums where FSDP2 asks for an average: gradients would be too large by the number of ranks."""
+    """Gloo of torch 2.7 sums when FSDP2 asks for an average: gradients would be too large by the number of ranks."""
     world_size = dist.get_world_size()
     averaged = torch.zeros(1)
     dist.reduce_scatter_tensor(averaged, torch.ones(world_size), dist.ReduceOp.AVG)
@@ -119,7 +119,7 @@ class RunFolderCallback(Callback):
         runtime.check_finite(step, loss, self._skipped)
         self.run.log_step(
             step,
-            epoch=round(step / self.prepared.steps_per_epoch, 4),
+            epoch=step / self.prepared.steps_per_epoch,
             loss=loss,
             learning_rate=self._learning_rate,
             grad_norm=next(c.norm for c in state.callbacks if isinstance(c, GradientNorm)),

@@ -3,7 +3,7 @@
 Here a framework owns the loop. What is trained, on what and how stands in foundry.yaml: that is the lesson. This file
 hands it the settings of config.yaml, the data and a checkpoint to resume from, and takes the trained model out again.
 
-    llm-foundry-finetune/launch.sh                                  # the real run: one process for each GPU found
+    llm-foundry-finetune/launch.sh                                  # the real run: one process per GPU found
     llm-foundry-finetune/launch.sh --config smoke.yaml              # no GPU: two processes on the CPU
     composer -n 2 llm-foundry-finetune/train.py                     # the same as launch.sh on two GPUs
     python llm-foundry-finetune/train.py --config smoke.yaml train.max_steps=20      # one process; any key can be set

@@ -3,7 +3,7 @@
 Every GPU holds the whole model and works on its own part of each global batch. While a GPU still computes the backward
 pass, DDP already averages the finished gradients with those of the other GPUs, so all of them take the same step.
 
-    pytorch-ddp/launch.sh                                        # the real run: one process for each GPU found
+    pytorch-ddp/launch.sh                                        # the real run: one process per GPU found
     pytorch-ddp/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
     torchrun --nproc_per_node 2 pytorch-ddp/train.py             # the same as launch.sh on two GPUs
     python pytorch-ddp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
@@ -76,7 +76,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> Distri
         for layer in models.decoder_layers(model):
             layer.compile()
     ddp = DistributedDataParallel(
-        CausalLMLoss(model),
+        CausalLMLoss(model, autocast=dtype),
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # no second copy of the gradients
         bucket_cap_mb=cfg.ddp.bucket_mb,
@@ -93,7 +93,7 @@ def build_dataloaders(cfg: Config, tokenizer, rank: int, world_size: int):
     return rows, batches
 
 
-def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device, dtype) -> tuple[float, float, int]:
+def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device) -> tuple[float, float, int]:
     """One optimizer step over the global batch; returns its loss, its gradient norm before clipping, and its tokens.
 
     The loss is the sum of all token losses divided by the number of target tokens, both over the whole global batch.
@@ -105,11 +105,10 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i, micro_batch in enumerate(batch.micro_batches):
         is_last = i == len(batch.micro_batches) - 1
-        # NOTE: no_sync must cover the forward as well as the backward. Gradients travel once a step, with the last one.
+        # NOTE: no_sync must cover the forward and the backward. Gradients travel once per step, with the last one.
         with contextlib.nullcontext() if is_last else model.no_sync():
             micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = model(**micro_batch)
+            loss = model(**micro_batch)
             scaler.scale(loss * scale).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
@@ -121,9 +120,9 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     return (loss_sum / counts[0]).item(), norm.item(), int(counts[1].item())
 
 
-def evaluate(model, batches, device, dtype) -> float:
-    """Mean token loss over the held-out rows, the same for any number of ranks."""
-    sums = evaluation.evaluate(model.module, batches, device, dtype)
+def evaluate(module, batches, device) -> float:
+    """Mean token loss over the held-out rows, the same for any number of ranks; `module` is the unwrapped loss."""
+    sums = evaluation.evaluate(module, batches, device)
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -135,7 +134,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scale
         checkpoints.begin(step)
     dist.barrier()
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    runtime.save_rng(folder, rank)
     if rank == 0:
         parts = {"model": model.module, "optimizer": optimizer, "scaler": scaler}
         torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "training.pt")
@@ -152,9 +151,7 @@ def load_checkpoint(folder: Path, model, optimizer, scaler) -> None:
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty unless the run was in fp16 so far
         scaler.load_state_dict(state["scaler"])
-    rng = folder / f"rng-{dist.get_rank()}.pt"
-    if rng.exists():
-        runtime.set_rng_state(torch.load(rng, weights_only=True))
+    runtime.load_rng(folder, dist.get_rank())
 
 
 def train(cfg: Config) -> None:
@@ -189,28 +186,21 @@ def train(cfg: Config) -> None:
         schedule = lr_schedule(cfg, optimizer, total_steps, first_step)
         run.begin(model.module.model, device, dtype, first_step, total_steps, folder)
         if first_step == 0:
-            run.log_evaluation(0, evaluate(model, held_out, device, dtype))
+            run.log_evaluation(0, evaluate(model.module, held_out, device))
 
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
             learning_rate, loss_scale = schedule.get_last_lr()[0], scaler.get_scale()
-            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device, dtype)
+            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device)
             schedule.step()
             skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                run.log_evaluation(step, evaluate(model, held_out, device, dtype))
+                run.log_evaluation(step, evaluate(model.module, held_out, device))
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, model, optimizer, scaler)
             if stopping and step < total_steps:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with FSDP: one process for each GPU found, or two on the CPU where there is none.
+# Fine-tune with FSDP: one process per GPU found, or two on the CPU if there is none.
 #
 #   pytorch-fsdp/launch.sh [--config FILE] [key=value ...]
 #   NPROC_PER_NODE=1 pytorch-fsdp/launch.sh ...                                   # another number of processes

@@ -10,7 +10,9 @@ PROJECT = "pytorch-fsdp"
 @dataclass
 class FSDPConfig:
     reshard_after_forward: bool = key(True, "drop a layer's gathered weights until its backward gathers them again")
-    no_sync: bool = key(False, "reduce gradients once a step, not after every micro-batch: 4 bytes a parameter more")
+    no_sync: bool = key(
+        False, "reduce gradients once per step, not after every micro-batch: 4 bytes per parameter more"
+    )
     prefetch: int = key(1, "layers whose weights are gathered ahead, while another computes", minimum=0)
     cpu_offload: bool = key(False, "keep weights, gradients and Adam's moments in host memory, and step there")
 

@@ -3,7 +3,7 @@
 Every GPU keeps one part of each weight, gradient and Adam moment. A layer's weights are gathered from all GPUs just
 before the layer computes and dropped right after; its gradients are summed and divided up as soon as they are there.
 
-    pytorch-fsdp/launch.sh                                        # the real run: one process for each GPU found
+    pytorch-fsdp/launch.sh                                        # the real run: one process per GPU found
     pytorch-fsdp/launch.sh --config smoke.yaml                    # no network, no GPU: two processes on the CPU
     torchrun --nproc_per_node 2 pytorch-fsdp/train.py             # the same as launch.sh on two GPUs
     python pytorch-fsdp/train.py --config smoke.yaml train.max_steps=20       # one process; any key can be set
@@ -98,7 +98,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> FSDPMo
 
 @torch.no_grad()
 def read_weights(cfg: Config, model, device: torch.device) -> None:
-    """Fill the sharded, still empty `model`. Only rank 0 reads the weights; it deals them out tensor by tensor."""
+    """Fill the sharded, still empty `model`. Only rank 0 reads the weights; it distributes them tensor by tensor."""
     is_main = dist.get_rank() == 0
     source = models.load_model(cfg.model, cfg.seed, dtype="auto") if is_main else model
     model.to_empty(device="cpu" if cfg.fsdp.cpu_offload else device)
@@ -135,7 +135,7 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
         # reduced after each, and every rank adds up its own shards only.
         model.set_requires_gradient_sync(is_last or not cfg.fsdp.no_sync)
         micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-        loss = model(**micro_batch)  # in the policy's type: nothing is left for autocast
+        loss = model(**micro_batch)
         scaler.scale(loss * scale).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)  # a gradient that is not finite lies in one rank's shard: this informs all ranks
@@ -153,9 +153,9 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     return (loss_sum / counts[0]).item(), norm.item(), int(counts[1].item())
 
 
-def evaluate(model, batches, device) -> float:
-    """Mean token loss over the held-out rows, the same for any number of ranks."""
-    sums = evaluation.evaluate(model, batches, device, torch.float32)  # without autocast, as in train_step
+def evaluate(module, batches, device) -> float:
+    """Mean token loss over the held-out rows, the same for any number of ranks; `module` is the unwrapped loss."""
+    sums = evaluation.evaluate(module, batches, device)
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -167,12 +167,12 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scale
         checkpoints.begin(step)
     dist.barrier()
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    runtime.save_rng(folder, rank)
     if rank == 0:
         torch.save(scaler.state_dict(), folder / "scaler.pt")
     weights, moments = get_state_dict(model, optimizer)
     # NOTE: a file for each tensor, and none copied ahead. The writer keeps what goes into a file in host memory until
-    # the file is complete: with one file a rank, all of its GPU's shards.
+    # the file is complete: with one file per rank, all of its GPU's shards.
     options = {"single_file_per_rank": False, "per_thread_copy_ahead": 0, "sync_files": False}  # commit() syncs
     writer = dcp.FileSystemWriter(folder / "shards", **options)
     dcp.save({"model": weights, "optimizer": moments}, storage_writer=writer)
@@ -189,9 +189,7 @@ def load_checkpoint(folder: Path, model, optimizer, scaler) -> None:
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     if state := torch.load(folder / "scaler.pt", weights_only=True):  # empty unless the run was in fp16 so far
         scaler.load_state_dict(state)
-    rng = folder / f"rng-{dist.get_rank()}.pt"
-    if rng.exists():
-        runtime.set_rng_state(torch.load(rng, weights_only=True))
+    runtime.load_rng(folder, dist.get_rank())
 
 
 def train(cfg: Config) -> None:
@@ -235,15 +233,8 @@ def train(cfg: Config) -> None:
             schedule.step()
             skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):

@@ -1,6 +1,6 @@
 """The Ray cluster of a run: started on this machine, or one that is there already; left as it was found.
 
-Aligned with ray-tune/cluster.py; what differs says why.
+Aligned with ray-tune/cluster.py; what differs has a comment why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS = {
 def ray_cluster() -> Iterator[dict[str, float]]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives the resources.
 
-    What is started ends with this process, also when it is killed. Raises `UserError` where no cluster answers at
+    What is started ends with this process, also when it is killed. Raises `UserError` if no cluster answers at
     RAY_ADDRESS.
     """
     for name, value in SETTINGS.items():
@@ -60,7 +60,7 @@ def ray_cluster() -> Iterator[dict[str, float]]:
                 ray.init(
                     address="local",
                     # As for Ray's client: the current folder is then not put first on the workers' path, where a
-                    # `train.py` of the user's would be taken for ours.
+                    # `train.py` of the user would be taken for ours.
                     job_config=JobConfig(runtime_env=worker_environment(), _client_job=True),
                     num_cpus=max(2, cores),  # two workers run on one core as well
                     num_gpus=torch.cuda.device_count(),
@@ -77,7 +77,7 @@ def ray_cluster() -> Iterator[dict[str, float]]:
         started = psutil.Process().children(recursive=True) if folder else []
         try:
             ray.shutdown()
-        finally:  # also where one more Ctrl-C breaks that off; by themselves, Ray's agents notice it late
+        finally:  # even if one more Ctrl-C breaks that off; by themselves, Ray's agents notice it late
             for process in started:
                 with contextlib.suppress(psutil.Error):
                     process.kill()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import os
+import signal
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -93,8 +94,8 @@ def find_user_error(*errors: BaseException) -> UserError | None:
     return None
 
 
-def fit(trainer, request: StopRequest, stop: StopFile, console: Console) -> str:
-    """Run `trainer` to its end; the signal that stopped it, or an empty text.
+def fit(trainer, request: StopRequest, stop: StopFile, console: Console) -> int:
+    """Run `trainer` to its end; the exit code, which is not 0 if a signal has stopped it.
 
     Raises `UserError` for a worker's, and what Ray gives for any other failure.
     """
@@ -123,7 +124,7 @@ def fit(trainer, request: StopRequest, stop: StopFile, console: Console) -> str:
             repeat.new()
     if error := ended[0]:
         raise find_user_error(error) or _not_placed(error) or error
-    return request.signal_name
+    return 128 + signal.Signals[request.signal_name] if request.signal_name else 0
 
 
 def _not_placed(error: BaseException) -> UserError | None:
@@ -151,7 +152,14 @@ class Repeat:
 
 
 def open_run_folder(cfg: BaseConfig) -> tuple[Console, StopFile]:
-    """The run folder's console and stop file, both new; raises `UserError` if the folder cannot be written."""
+    """The run folder's console and stop file, both new; paths in `cfg` become absolute, as workers may run elsewhere.
+
+    Raises `UserError` if the folder cannot be written.
+    """
+    cfg.output_dir = os.path.abspath(cfg.output_dir)
+    for section, name in ((cfg.model, "name"), (cfg.data, "name"), (cfg.checkpoint, "resume")):
+        if os.path.exists(getattr(section, name)):
+            setattr(section, name, os.path.abspath(getattr(section, name)))
     folder = Path(cfg.output_dir)
     console = Console(folder / "console.log", folder / "console-errors.log", shows_bars())
     stop = folder / ".stop"
@@ -166,11 +174,3 @@ def open_run_folder(cfg: BaseConfig) -> tuple[Console, StopFile]:
     except OSError as error:
         raise UserError(f"output_dir={cfg.output_dir}: cannot be written: {error.strerror}") from None
     return console, StopFile(stop)
-
-
-def use_absolute_paths(cfg: BaseConfig) -> None:
-    """Workers may have another working directory than this process."""
-    cfg.output_dir = os.path.abspath(cfg.output_dir)
-    for section, name in ((cfg.model, "name"), (cfg.data, "name"), (cfg.checkpoint, "resume")):
-        if os.path.exists(getattr(section, name)):
-            setattr(section, name, os.path.abspath(getattr(section, name)))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune with Ray Train and DeepSpeed ZeRO-3: a worker on each GPU of the cluster, or two on the CPU where there is none.
+# Fine-tune with Ray Train and DeepSpeed ZeRO-3: a worker on each GPU of the cluster, or two on the CPU if there is none.
 #
 #   ray-train/launch.sh [--config FILE] [key=value ...]                    # Ray is started, and stopped at the end
 #   RAY_ADDRESS=10.0.0.1:6379 ray-train/launch.sh ...                      # in a cluster started with `ray start`

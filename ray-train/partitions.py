@@ -19,6 +19,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
+from common.checkpoints import copy_overlap
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -113,11 +115,8 @@ def steps_done(zero) -> int:
 def _part_of(saved: list[Tensor], parameter: torch.nn.Parameter) -> Tensor:
     """This rank's part of `parameter`, cut from the parts that some number of ranks saved, which in a row are all."""
     part = torch.zeros(parameter.ds_tensor.numel())
-    begin = dist.get_rank() * len(part)
     at = 0
     for piece in saved:
-        first, last = max(begin, at), min(begin + len(part), at + len(piece), parameter.ds_numel)
-        if first < last:
-            part[first - begin : last - begin] = piece[first - at : last - at]
+        copy_overlap(part, dist.get_rank() * len(part), piece[: max(0, parameter.ds_numel - at)], at)
         at += len(piece)
     return part

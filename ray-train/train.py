@@ -16,11 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 
 from settings import PROJECT, Config
@@ -39,15 +35,15 @@ import torch
 import torch.distributed as dist
 from cluster import place, ray_cluster
 from deepspeed.utils import safe_get_full_fp32_param
-from driver import Failures, fit, open_run_folder, output_to, use_absolute_paths
+from driver import Failures, fit, open_run_folder, output_to
 from ds_settings import engine_settings, read_ds_config
 from partitions import deal_out, load_parts, own_parts, partition_empty, steps_done
 from ray.train.torch import TorchConfig, TorchTrainer
+from worker import kept_by_us, nodes, report, report_earlier, run_without_cluster, where_to_resume
 
 from common import data, errors, evaluation, models, runtime
 from common.checkpoints import Checkpoints, identity
 from common.ds_settings import restore_scaler, scaler_state
-from common.errors import UserError
 from common.hub import check_can_push
 from common.loss import CausalLMLoss
 from common.run_folder import RunFolder
@@ -63,8 +59,6 @@ def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
         runtime.limit_gpu_memory(cfg.runtime, device)
     else:  # gloo does what DeepSpeed would first compile a shared-memory operator for
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # the loop alone in one process, without a cluster
-        dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed takes it for the GPU's number. Ray counts a machine's workers, which may be on nodes with a GPU each.
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)  # it takes the group that is there
@@ -78,8 +72,6 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     models.use_fused_attention(model, device, dtype)
     if cfg.train.activation_checkpointing:
         models.checkpoint_activations(model)
-    # DeepSpeed 0.19 still calls them by the names that torch 2.13 gives up.
-    warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
     partition_empty(model, settings, device, dtype)
     # A decoder layer's weights are gathered at once, not linear by linear: fewer, larger messages and fewer hooks.
     deepspeed.utils.set_z3_leaf_modules(model, [type(models.decoder_layers(model)[0])])
@@ -90,7 +82,7 @@ def build_model(cfg: Config, settings: dict, device: torch.device, dtype: torch.
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate, fused=True)
     engine, *_ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
-    # Only rank 0 reads the weights; it deals them out tensor by tensor.
+    # Only rank 0 reads the weights; it distributes them tensor by tensor.
     source = models.load_model(cfg.model, cfg.seed, dtype="auto") if dist.get_rank() == 0 else None
     deal_out(model, engine.optimizer, source, device)
     return engine
@@ -115,7 +107,7 @@ def train_step(engine, batch: data.StepBatch, device) -> tuple[float, float, int
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in batch.micro_batches:
         micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-        loss = engine(**micro_batch)  # in the engine's type: nothing is left for autocast
+        loss = engine(**micro_batch)
         # NOTE: scale_wrt_gas would divide by the number of micro-batches too. After each of them the gradients go to
         # the ranks that own them: ZeRO-3 has no no_sync.
         engine.backward(loss * scale, scale_wrt_gas=False)
@@ -125,9 +117,9 @@ def train_step(engine, batch: data.StepBatch, device) -> tuple[float, float, int
     return (loss_sum / counts[0]).item(), float(engine.get_global_grad_norm()), int(counts[1].item())
 
 
-def evaluate(engine, batches, device) -> float:
-    """Mean token loss over the held-out rows, the same for any number of ranks."""
-    sums = evaluation.evaluate(engine.module, batches, device, torch.float32)  # without autocast, as in train_step
+def evaluate(module, batches, device) -> float:
+    """Mean token loss over the held-out rows, the same for any number of ranks; `module` is the unwrapped loss."""
+    sums = evaluation.evaluate(module, batches, device)
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
@@ -139,36 +131,16 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, engine) -> None:
         checkpoints.begin(step)
     dist.barrier()
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / f"rng-{rank}.pt")
+    runtime.save_rng(folder, rank)
     torch.save(own_parts(engine.module.model, zero), folder / f"parts-{rank}.pt")
     if rank == 0:
         saved = {"ranks": dist.get_world_size(), "steps": steps_done(zero), "scaler": scaler_state(zero.loss_scaler)}
         torch.save(saved, folder / "training.pt")
     dist.barrier()
-    written = [checkpoints.commit(step) if rank == 0 else None]
-    dist.broadcast_object_list(written)
-    report(written[0])
-
-
-def report(folder: Path) -> None:
-    """Report a checkpoint to Ray; every rank calls this. It drops the oldest if there are more than checkpoint.keep.
-
-    NOTE: Ray would copy what each rank hands over into its storage. This folder lies there already, under its own name,
-    and it came there by a rename: it is whole, also where a worker dies while it writes.
-    """
-    known = {checkpoint.checkpoint.path for checkpoint in ray.train.get_all_reported_checkpoints()}
-    if str(folder) not in known:  # a step that was made again after a failure has its old place
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        mode = ray.train.CheckpointUploadMode.NO_UPLOAD
-        ray.train.report({}, checkpoint=checkpoint, checkpoint_upload_mode=mode)
-
-
-def report_earlier(checkpoints: Checkpoints, first_step: int) -> None:
-    """Report to Ray the checkpoints that an earlier start left, so that it counts them; every rank calls this."""
-    there = [[folder for step, folder in reversed(checkpoints.all()) if step <= first_step]]
-    dist.broadcast_object_list(there)
-    for folder in there[0]:
-        report(folder)
+    if rank == 0:
+        checkpoints.commit(step)
+    dist.barrier()
+    report(checkpoints.folder(step))
 
 
 @torch.no_grad()
@@ -177,32 +149,26 @@ def load_checkpoint(folder: Path, engine) -> None:
     zero, saved = engine.optimizer, torch.load(folder / "training.pt", weights_only=True)
     load_parts(engine.module.model, zero, folder, saved["ranks"], saved["steps"])
     restore_scaler(zero.loss_scaler, saved["scaler"])
-    rng = folder / f"rng-{dist.get_rank()}.pt"
-    if rng.exists():
-        runtime.set_rng_state(torch.load(rng, weights_only=True))
+    runtime.load_rng(folder, dist.get_rank())
 
 
 def train_loop_per_worker(config: dict) -> None:
     """What runs in every worker. Ray sends this function and its argument there; it must need nothing else."""
-    cfg, stop = config["cfg"], config["stop"]
-    rank, world_size, device = setup_distributed(cfg)
     logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO
-    with output_to(config["console"] if rank == 0 else None):
-        train(cfg, config["ds_config"], stop, config["keep"], rank, world_size, device)
+    with output_to(config["console"] if ray.train.get_context().get_world_rank() == 0 else None):
+        train(config["cfg"], config["ds_config"], config["stop"])
 
 
-def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: int, device: torch.device) -> None:
+def train(cfg: Config, ds_config: dict, stop) -> None:
+    rank, world_size, device = setup_distributed(cfg)
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     settings = engine_settings(ds_config, cfg, dtype, accumulation_steps(cfg, world_size))
-    if known := ray.train.get_checkpoint():  # Ray has started the workers again, in a run that has saved already
-        # The newest on the disk may be some that Ray has not heard of yet. But where the run went back to an earlier
-        # one by its path, it may be another course's.
-        cfg.checkpoint.resume = "auto" if cfg.checkpoint.resume in ("auto", "never") else known.path
+    if rank == 0:
+        check_can_push(cfg)
+    cfg.checkpoint.resume = where_to_resume(cfg.checkpoint.resume)
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
-    environment = runtime.describe_environment(world_size, reason) | {"nodes": [""] * world_size}
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    dist.all_gather_object(environment["nodes"], f"{platform.node()} {node[:8]}".strip())
+    environment = runtime.describe_environment(world_size, reason) | {"nodes": nodes()}
     with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
@@ -212,7 +178,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         model, zero = engine.module.model, engine.optimizer
 
         same_run = identity(cfg, PROJECT, architecture, rows.fingerprint())
-        checkpoints = Checkpoints(run.checkpoints, keep, same_run)
+        checkpoints = Checkpoints(run.checkpoints, kept_by_us(cfg.checkpoint.keep), same_run)
         found = [checkpoints.find(cfg.checkpoint.resume) if rank == 0 else None]
         dist.broadcast_object_list(found)
         first_step, folder = found[0] or (0, None)
@@ -225,7 +191,7 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
         run.begin(shapes, device, dtype, first_step, total_steps, folder)
         report_earlier(checkpoints, first_step)
         if first_step == 0:
-            run.log_evaluation(0, evaluate(engine, held_out, device))
+            run.log_evaluation(0, evaluate(engine.module, held_out, device))
 
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
@@ -234,19 +200,12 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
             schedule.step()
             skipped = skipped + 1 if zero.overflow else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping = torch.tensor(stop.reason is not None, dtype=torch.int32, device=device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)  # a signal may have reached one rank only
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                run.log_evaluation(step, evaluate(engine, held_out, device))
+                run.log_evaluation(step, evaluate(engine.module, held_out, device))
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, engine)
             if stopping and step < total_steps:
@@ -260,29 +219,16 @@ def train(cfg: Config, ds_config: dict, stop, keep: int, rank: int, world_size: 
 
 def main() -> int:
     cfg = parse_config(Config, __file__)
-    if cfg.train.compile:  # measured: right on a CPU; on a GPU, fp16, the gradients' norm was 4.6 instead of 5.8
-        raise UserError(
-            "train.compile=true: under ZeRO-3 compiled layers had wrong gradients on a GPU: set it to false"
-        )
     ds_config = read_ds_config(cfg.ray.ds_config, Path(__file__).parent)
-    config = {"cfg": cfg, "ds_config": ds_config, "console": None}
-    if "RANK" in os.environ:  # torchrun or deepspeed has started this process as a worker: Ray's local mode, no cluster
-        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
-        config |= {"stop": runtime.StopRequest(cfg.runtime), "keep": cfg.checkpoint.keep}
-        scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
-        TorchTrainer(train_loop_per_worker, train_loop_config=config, scaling_config=scaling).fit()
-        return 0
     request = runtime.StopRequest(cfg.runtime)
+    if "RANK" in os.environ:  # torchrun or deepspeed has started this process as a worker
+        return run_without_cluster(train_loop_per_worker, cfg, ds_config, request)
     with ray_cluster() as resources:
         workers, use_gpu = place(cfg.ray.workers, resources)
-        accumulation_steps(cfg, workers)  # refuses a global batch that cannot be split
-        check_can_push(cfg)
-        use_absolute_paths(cfg)
         console, stop = open_run_folder(cfg)
-        config |= {"stop": stop, "console": console, "keep": sys.maxsize}  # what is too many, Ray deletes
         trainer = TorchTrainer(
             train_loop_per_worker,
-            train_loop_config=config,
+            train_loop_config={"cfg": cfg, "ds_config": ds_config, "stop": stop, "console": console},
             torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=int(cfg.runtime.timeout_minutes * 60)),
             scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=ray.train.RunConfig(
@@ -294,8 +240,7 @@ def main() -> int:
                 callbacks=[Failures(console, cfg.ray.max_failures)],
             ),
         )
-        stopped_by = fit(trainer, request, stop, console)
-    return 128 + signal.Signals[stopped_by] if stopped_by else 0
+        return fit(trainer, request, stop, console)
 
 
 if __name__ == "__main__":

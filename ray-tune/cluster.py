@@ -1,6 +1,6 @@
 """The Ray cluster of a search: started on this machine, or one that is there already; left as it was found.
 
-Aligned with ray-train/cluster.py; what differs says why.
+Aligned with ray-train/cluster.py; what differs has a comment why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SETTINGS = {
 def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
     """Join the cluster of RAY_ADDRESS, or start one on this machine and stop it at the end; gives what `place` does.
 
-    What is started ends with this process, also when it is killed. Raises `UserError` where no cluster answers at
+    What is started ends with this process, also when it is killed. Raises `UserError` if no cluster answers at
     RAY_ADDRESS, and as `place`.
     """
     for name, value in SETTINGS.items():
@@ -66,7 +66,7 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
                 ray.init(
                     address="local",
                     # As for Ray's client: the current folder is then not put first on the workers' path, where a
-                    # `train.py` of the user's would be taken for ours.
+                    # `train.py` of the user would be taken for ours.
                     job_config=JobConfig(runtime_env=worker_environment(), _client_job=True),
                     num_cpus=placed[0],  # each trial takes one: no more of them run, whatever the machine has
                     num_gpus=torch.cuda.device_count(),
@@ -84,7 +84,7 @@ def ray_cluster(cfg: BaseConfig, root: Path) -> Iterator[tuple[int, float]]:
         started = psutil.Process().children(recursive=True) if folder else []
         try:
             ray.shutdown()
-        finally:  # also where one more Ctrl-C breaks that off
+        finally:  # even if one more Ctrl-C breaks that off
             for process in started:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
@@ -114,7 +114,7 @@ def this_machine() -> dict[str, float]:
 def place(cfg: BaseConfig, resources: dict[str, float]) -> tuple[int, float]:
     """(trials that run at a time, the share of a GPU that each asks Ray for: 0 in a cluster without GPUs).
 
-    Raises `UserError` where a trial asks for more GPUs than it can use.
+    Raises `UserError` if a trial asks for more GPUs than it can use.
     """
     gpus, share, most = int(resources.get("GPU", 0)), cfg.search.gpus_per_trial, cfg.search.concurrent_trials
     where = "the cluster" if joined() else "this machine"
@@ -129,7 +129,7 @@ def place(cfg: BaseConfig, resources: dict[str, float]) -> tuple[int, float]:
 
 
 def check(cfg: BaseConfig) -> None:
-    """What can be said before anything is loaded; raises `UserError` as `ray_cluster` would.
+    """What can be checked before anything is loaded; raises `UserError` as `ray_cluster` would.
 
     Without a GPU, the cores are divided among the trials' PyTorch threads, and the final run counts with as many.
     """

@@ -13,28 +13,10 @@ Writes eval.json, samples.md and plots/eval.png into the run folder.
 import sys
 from pathlib import Path
 
-# The project's modules and `common`: where this package is not installed, or Python leaves the folder out (-P).
+# What stands next to it: if this repository is not installed, or Python leaves the folder out (-P).
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-try:
-    from settings import PROJECT, Config
-
-    from common.config import check_command_line, parse_config
-
-    if __name__ == "__main__":
-        check_command_line(Config, __file__)  # before torch is imported, which takes seconds
-
-    from common.comparison import compare
-    from common.errors import run
-except ModuleNotFoundError as error:  # another Python than launch.sh's
-    from launchers.start_again import start_again
-
-    start_again(error)
-
-
-def main() -> None:
-    compare(parse_config(Config, __file__), project=PROJECT)
-
+from launchers.evaluation import evaluate  # noqa: E402
 
 if __name__ == "__main__":
-    run(main)
+    evaluate(__file__)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Search hyper-parameters: one trial at a time on each GPU found, or two on the CPU where there is none.
+# Search hyper-parameters: one trial at a time on each GPU found, or two on the CPU if there is none.
 #
 #   ray-tune/launch.sh [--config FILE] [key=value ...]
 #   RAY_ADDRESS=10.0.0.1:6379 ray-tune/launch.sh ...          # on a Ray cluster that is there already

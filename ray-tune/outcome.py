@@ -1,4 +1,4 @@
-"""What a search leaves behind besides its trials' run folders: table, plots, summary, and the best trial's model."""
+"""What a search leaves in addition to its trials' run folders: table, plots, summary, and the best trial's model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from trials import Record, Spans, Trials, ranking
 from common.checkpoints import IDENTITY
 from common.config import BaseConfig, get, save_config
 from common.errors import UserError
-from common.files import remove
+from common.files import remove, write_json
 from common.report import print_table, read_json
-from common.run_folder import write_json
 
 # With other values of these, it is another search.
 SAME = (*IDENTITY, "data.train_rows", "data.eval_rows", "train.micro_batch_size", "train.max_steps", "train.epochs",
@@ -49,7 +48,7 @@ def begin(cfg: BaseConfig, root: Path, data_fingerprint: str) -> None:
 
 
 def check_place(root: Path) -> None:
-    """Raise `UserError` where an unfinished search was moved or copied: Ray's record of it names its first folder."""
+    """Raise `UserError` if an unfinished search was moved or copied: Ray's record of it names its first folder."""
     begun = read_json(root / "identity.json")[PLACE]
     if begun != str(root):
         raise UserError(

@@ -15,7 +15,7 @@ LOG_FROM = 5  # values that differ by such a factor are drawn on a logarithmic a
 
 
 def draw(records: list[Record], trials: Trials, folder: Path) -> None:
-    """`search.png` and `search_parameters.png`; nothing where no trial has reported yet."""
+    """`search.png` and `search_parameters.png`; nothing if no trial has reported yet."""
     shown = [record for record in ranking(records) if record.curve]
     if shown:
         _curves(shown, trials, folder / "search.png")
@@ -25,7 +25,7 @@ def draw(records: list[Record], trials: Trials, folder: Path) -> None:
 def _curves(records: list[Record], trials: Trials, path: Path) -> None:
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    style_axes(axes, "ray-tune: held-out loss of every trial", "held-out loss (nats a token)")
+    style_axes(axes, "ray-tune: held-out loss of every trial", "held-out loss (nats per token)")
     for rung in trials.rungs:
         axes.axvline(rung, color="#bbbbbb", linestyle=":", linewidth=1, zorder=0)
     for i, record in enumerate(records):
@@ -63,7 +63,7 @@ def _parameters(records: list[Record], path: Path) -> None:
         ("best", "o", COLOURS[2], [(records[0], records[0].last[1])]),
     ]
     for number, (axes, name) in enumerate(zip(panels, names, strict=False)):
-        style_axes(axes, "", "" if number % columns else "held-out loss (nats a token)", x_label=name)
+        style_axes(axes, "", "" if number % columns else "held-out loss (nats per token)", x_label=name)
         for label, mark, colour, points in groups:
             values = [r.parameters[name] for r, _ in points]
             ring = {"markersize": 16, "markerfacecolor": "none"} if label == "best" else {"markersize": 9}

@@ -26,7 +26,7 @@ def param_space(cfg: BaseConfig) -> dict[str, Domain]:
 
 
 def default_parameters(cfg: BaseConfig) -> dict[str, Any]:
-    """What the configuration itself says for the keys that are searched: the first trial."""
+    """What the configuration itself has for the keys that are searched: the first trial."""
     return {name: getattr(cfg.train, name) for name in cfg.search.space}
 
 

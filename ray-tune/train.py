@@ -1,7 +1,7 @@
 """Search hyper-parameters with Ray Tune and ASHA: many trials of one GPU each, the bad ones stopped early.
 
 A trial is the training loop of pytorch-ddp for one GPU. It reports its held-out loss every few optimizer steps, and
-ASHA stops it where earlier trials were better at the same step. All trials have the same budget and the same schedule.
+ASHA stops it if earlier trials were better at the same step. All trials have the same budget and the same schedule.
 
     ray-tune/launch.sh                                           # the real search: one trial at a time on each GPU
     ray-tune/launch.sh --config smoke.yaml                       # no network, no GPU: two trials at a time on the CPU
@@ -42,7 +42,7 @@ from common.ray_address import joined
 
 
 def search(cfg: Config) -> None:
-    """Run all trials, then bring the best one to the full budget, export it and say what the search found."""
+    """Run all trials, then bring the best one to the full budget, export it and print what the search found."""
     domains = space.param_space(cfg)
     cluster.check(cfg)
     space.check_search(cfg, cfg.train.max_steps)

@@ -18,7 +18,7 @@ from watch import Stopping
 
 from common.console import output_to
 from common.errors import UserError
-from common.run_folder import write_json
+from common.files import write_json
 
 
 class Trial(tune.Trainable):

@@ -53,7 +53,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> Causal
     if cfg.train.compile:
         for layer in models.decoder_layers(model):
             layer.compile()
-    return CausalLMLoss(model)
+    return CausalLMLoss(model, autocast=dtype)
 
 
 def build_dataloaders(cfg: Config, tokenizer):
@@ -63,7 +63,7 @@ def build_dataloaders(cfg: Config, tokenizer):
     return rows, batches
 
 
-def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device, dtype) -> tuple[float, float, int]:
+def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, device) -> tuple[float, float, int]:
     """One optimizer step over the global batch; returns its loss, its gradient norm before clipping, and its tokens.
 
     The loss is the sum of all token losses divided by the number of target tokens, both over the whole global batch: it
@@ -72,8 +72,7 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in batch.micro_batches:
         micro_batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(**micro_batch)
+        loss = model(**micro_batch)
         scaler.scale(loss * (1 / batch.targets)).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
@@ -84,9 +83,9 @@ def train_step(model, batch: data.StepBatch, optimizer, scaler, cfg: Config, dev
     return (loss_sum / batch.targets).item(), norm.item(), batch.tokens
 
 
-def evaluate(model, batches, device, dtype) -> float:
+def evaluate(model, batches, device) -> float:
     """Mean token loss over the held-out rows."""
-    sums = evaluation.evaluate(model, batches, device, dtype)
+    sums = evaluation.evaluate(model, batches, device)
     return (sums[0] / sums[1]).item()
 
 
@@ -94,7 +93,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, model, optimizer, scale
     """Write everything that the next step depends on."""
     checkpoints.begin(step)
     folder = checkpoints.writing(step)
-    torch.save(runtime.rng_state(), folder / "rng-0.pt")
+    runtime.save_rng(folder, 0)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "training.pt")
     checkpoints.commit(step)
@@ -107,7 +106,7 @@ def load_checkpoint(folder: Path, model, optimizer, scaler) -> None:
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty unless the run was in fp16 so far
         scaler.load_state_dict(state["scaler"])
-    runtime.set_rng_state(torch.load(folder / "rng-0.pt", weights_only=True))
+    runtime.load_rng(folder, 0)
 
 
 def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_trial: bool) -> Iterator[dict[str, Any]]:
@@ -142,28 +141,21 @@ def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_t
         schedule = lr_schedule(cfg, optimizer, total_steps, first_step)
         run.begin(model.model, device, dtype, first_step, total_steps, folder)
         if first_step == 0:
-            run.log_evaluation(0, evaluate(model, held_out, device, dtype))
+            run.log_evaluation(0, evaluate(model, held_out, device))
 
         skipped, clock = 0, time.perf_counter()
         for step, batch in enumerate(loader, first_step + 1):
             learning_rate, loss_scale = schedule.get_last_lr()[0], scaler.get_scale()
-            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device, dtype)
+            loss, grad_norm, tokens = train_step(model, batch, optimizer, scaler, cfg, device)
             schedule.step()
             skipped = skipped + 1 if scaler.get_scale() < loss_scale else 0
             runtime.check_finite(step, loss, skipped)
-            run.log_step(
-                step,
-                epoch=round(step / steps_per_epoch, 4),
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=grad_norm,
-                tokens=tokens,
-                seconds=time.perf_counter() - clock,
-            )
+            seconds = time.perf_counter() - clock
+            run.log_step(step, step / steps_per_epoch, loss, learning_rate, grad_norm, tokens, seconds)
             stopping, result = stop.reason, {}
             # Also if the run is to stop: it resumes after this step, and a rung needs the loss.
             if step == total_steps or (cfg.eval.every and step % cfg.eval.every == 0):
-                result = {"step": step, "eval_loss": evaluate(model, held_out, device, dtype)}
+                result = {"step": step, "eval_loss": evaluate(model, held_out, device)}
                 run.log_evaluation(**result)
             if step == total_steps or stopping or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
                 save_checkpoint(checkpoints, step, model, optimizer, scaler)

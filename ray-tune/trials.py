@@ -13,9 +13,9 @@ from typing import Any, TextIO
 import asha
 
 from common.errors import UserError
+from common.files import write_json
 from common.json_lines import JsonLines
 from common.report import read_json, read_metrics, series
-from common.run_folder import write_json
 
 
 @dataclass

@@ -77,7 +77,7 @@ class Watch(Callback):
         self._bar, self._read = Progress("Searching", "trial", self._count, ended), {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_) -> None:
-        """Ends Ray's loop once every running trial has saved what it did; says so if the cluster has no room."""
+        """Ends Ray's loop once every running trial has saved what it did; warns if the cluster has no room."""
         for trial in trials:
             if trial.status == Trial.RUNNING:
                 self._show_warnings(trial)
@@ -152,7 +152,7 @@ class Watch(Callback):
 
 
 def _last_line(trial: Trial) -> str:
-    """What Ray says of a trial that could not say it itself, such as a process that the system killed."""
+    """What Ray reports of a trial that could not report it itself, such as a process that the system killed."""
     file = Path(trial.error_file) if trial.error_file else None
     lines = file.read_text(encoding="utf-8").strip().splitlines() if file and file.is_file() else []
     return lines[-1].strip() if lines else "its process died"

@@ -417,7 +417,7 @@ def assert_base_is_kept(base: Path, model: Path) -> None:
     assert all(name.startswith("model") for name in after.keys() - unchanged.keys())
 
 
-# ---- Data sets -------------------------------------------------------------------------------------------------------
+# ---- Datasets --------------------------------------------------------------------------------------------------------
 
 IMDB_CARD = """\
 ---

@@ -62,7 +62,7 @@ class User(NamedTuple):
 
 
 class Blob(NamedTuple):
-    """What the Hub tells about the content of one file."""
+    """What the Hub reports about the content of one file."""
 
     size: int
     git_oid: str
@@ -71,7 +71,7 @@ class Blob(NamedTuple):
 
     @property
     def pointer(self) -> bytes:
-        """The text that git stores in place of a file in large-file storage."""
+        """The text that git stores instead of a file in large-file storage."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
 
@@ -89,7 +89,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What an endpoint gives back: the bytes of a file, or something to send as JSON."""
+    """What an endpoint returns: the bytes of a file, or something to send as JSON."""
 
     content: object
     status: int = 200
@@ -393,7 +393,7 @@ class HubServer:
         names = {"url": f"{self.url}/{repo.page}", "name": repo_id, "id": repo_id}
         if repo.folder.is_dir():
             raise HubError(409, f"You already created this {kind} repo: {repo_id}", **names)
-        # huggingface_hub before 1.0 says "private", later ones say "visibility".
+        # huggingface_hub before 1.0 sends "private", later ones send "visibility".
         self._create(repo.kind, repo_id, bool(wanted.get("private")) or wanted.get("visibility") == "private")
         return Answer(names)
 
@@ -472,7 +472,7 @@ class HubServer:
 
     @route("POST", f"/api/{REPO}/preupload/{REVISION}", "write")
     def preupload(self, request: Request, repo: Repo) -> Answer:
-        """Tell how each file is to be uploaded, and what is there now, so that unchanged files can be left out."""
+        """Answer how each file is to be uploaded, and what is there now, so that unchanged files can be left out."""
         answers = []
         for wanted in request.json()["files"]:
             lfs = self._lfs and _is_lfs(wanted["path"], wanted["size"])
@@ -484,7 +484,7 @@ class HubServer:
 
     @route("POST", rf"/{SITE}\.git/info/lfs/objects/batch", "write")
     def lfs_batch(self, request: Request, repo: Repo) -> Answer:
-        """Tell where to upload each large file; one that is here already needs no upload."""
+        """Answer where to upload each large file; one that is here already needs no upload."""
         objects = []
         for wanted in request.json()["objects"]:
             objects.append({"oid": wanted["oid"], "size": wanted["size"], "authenticated": True})

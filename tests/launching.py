@@ -58,7 +58,7 @@ def project_modules(project: str, *names: str):
 
 
 def load_train(project: str):
-    """The project's train.py as a module: project folders are no packages."""
+    """The project's train.py as a module: project folders are not packages."""
     with project_modules(project, "train") as found:
         return found["train"]
 
@@ -88,7 +88,7 @@ def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "VIRTUAL_ENV": sys.prefix,
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as for a cluster of one machine
-        "RAY_worker_niceness": "0",  # Ray's default of 15 leaves its workers nothing beside other tests
+        "RAY_worker_niceness": "0",  # Ray's default of 15 leaves its workers nothing next to other tests
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # as launch.sh sets it: one zygote serves runs with and without a launcher
     }
     return kept | own | variables
@@ -97,7 +97,7 @@ def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
 def command(
     project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", cold: bool = False
 ) -> list[str]:
-    """With one process plain `python train.py`; with more, and where this environment will not do, launch.sh."""
+    """With one process plain `python train.py`; with more, and if this environment will not do, launch.sh."""
     script = f"{project}/train.py"
     if project == FOUNDRY and not cold:  # what its launch.sh starts, which would find the environment's own Python
         launcher = [str(SESSION / "warm/foundry/bin/python"), f"{FOUNDRY}/composer_launcher.py", "-n", str(processes)]
@@ -170,9 +170,9 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def finished_run(project: str, *settings: str, **options) -> Path:
-    """The folder of a run with these settings, which is made once a session, by the first test that asks for it.
+    """The folder of a run with these settings, which is made once per session, by the first test that asks for it.
 
-    Only to be read: copy it, or give another output_dir, where a test goes on from it.
+    Only to be read: copy it, or give another output_dir, if a test resumes it.
     """
 
     def make(folder: Path) -> None:
@@ -206,7 +206,7 @@ def run_on_two_machines(project: str, *settings: str) -> None:
 
 
 def error_line(output: str) -> str:
-    """The one line that says what was wrong; no traceback stands beside it."""
+    """The one line that names what was wrong; no traceback stands next to it."""
     lines = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "Traceback" not in output, output
     return lines[0]
@@ -255,7 +255,7 @@ def kill_at_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 def ray_nodes(home: Path, *resources: list[str]) -> Iterator[dict[str, str]]:
     """A cluster of Ray with a node for each of `resources`, started from `home`; the variables to join it.
 
-    What `--num-gpus` says are GPUs to Ray alone: it hands them out, and PyTorch sees none.
+    What `--num-gpus` counts are GPUs to Ray alone: it hands them out, and PyTorch sees none.
     """
     variables = environment(cold=True)
     variables.pop("PYTHONPATH")  # workers get `common` from Ray

@@ -45,7 +45,7 @@ FAULTS = [
     Fault("no warm-up", "common/schedule.py", "warmup, last = cfg.train.warmup_steps,", "warmup, last = 0,", "runtime models data tune",
           "foundry -k two_processes_train_and_evaluate"),
     Fault("a damaged checkpoint is accepted", "common/checkpoints.py",
-          "            if problem := damage(folder):\n                print(", "            if problem := None:\n                print(", "checkpoints"),
+          "if not (problem := damage(folder)):", "if not (problem := None):", "checkpoints"),
     Fault("checksums are not compared", "common/checkpoints.py", "        if found != manifest[\"files\"][name]:",
           "        if False:", "checkpoints"),
     Fault("one checkpoint too many is kept", "common/checkpoints.py", "ours[: self.keep]", "ours[: self.keep + 1]", "checkpoints"),

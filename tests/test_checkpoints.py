@@ -94,7 +94,7 @@ def test_a_step_that_is_written_again_replaces_its_checkpoint(checkpoints):
 def test_a_run_that_took_an_earlier_course_keeps_what_it_writes(tmp_path, keep):
     checkpoints = Checkpoints(tmp_path, keep, ID)
     write(checkpoints, 20, 30)
-    write(checkpoints, 5)  # checkpoint.resume=never in the same folder, or gone on from before a damaged one
+    write(checkpoints, 5)  # checkpoint.resume=never in the same folder, or resumed from before a damaged one
     assert steps_on_disk(checkpoints) == [5]
     assert checkpoints.find("auto")[0] == 5
     write(checkpoints, 10)

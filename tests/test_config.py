@@ -53,7 +53,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """A project's script with two configurations beside it; the working directory is another one."""
+    """A project's script with two configurations next to it; the working directory is another one."""
     folder, elsewhere = tmp_path / "some-project", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()

@@ -13,7 +13,7 @@ from launching import environment
 from common.console import output_to
 from common.redaction import encoded, without_secrets
 
-# Prints as a training does, on both streams and past any buffer, and says in a file that it came to its end.
+# Prints as a training does, on both streams and past any buffer, and notes in a file that it came to its end.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ from common import errors
 def main():
     for step in range(2000):
         print(f"held-out loss 3.5000 → 2.1000 – {step} × ↓ … \\udcff")
-        print(f"warning: «{step}»", file=sys.stderr)
+        print(f"warning: ’{step}’", file=sys.stderr)
     sys.stdout.flush()
     Path(sys.argv[1]).write_text(f"{sys.stdout.encoding}")
 

@@ -49,7 +49,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def write(tmp_path):
-    """write("name.jsonl", rows) -> path; the suffix says how"""
+    """write("name.jsonl", rows) -> path, by its suffix"""
 
     def write(name: str, rows: list[dict]) -> str:
         path = tmp_path / name
@@ -451,7 +451,7 @@ TRICKY = ["01234", "NA", "None", "null", "nan", "4", "1.50", "1e3", "true", "202
 
 
 def written(path: Path, rows: list[dict]) -> Path:
-    """Written without the product's help; the suffix says how."""
+    """Written without the product's help, by its suffix."""
     kind, compression = path.name.lower().partition(".")[2].partition(".")[::2]
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -580,7 +580,7 @@ def test_a_path_is_no_pattern(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_file_is_read_as_it_is_now(tmp_path, suffix, as_folder):
-    """Also where size and time of change are those of what a library has in its cache."""
+    """Even if size and time of change are those of what a library has in its cache."""
     folder = tmp_path / "rows"
     folder.mkdir()
     path = folder / f"train.{suffix}"

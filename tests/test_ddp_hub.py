@@ -45,7 +45,7 @@ def test_a_failing_hub_is_asked_again_and_a_failed_upload_loses_nothing(hub, tmp
 
 @pytest.mark.slow
 def test_make_demo(tmp_path):
-    """The demo as its user types it: trains, evaluates, and says where everything is."""
+    """The demo as its user types it: trains, evaluates, and prints where everything is."""
     done = subprocess.run(
         ["make", "demo"],
         cwd=REPOSITORY,

@@ -55,7 +55,7 @@ def test_a_checkpoint_of_another_precision_leaves_the_loss_scaling_on(tmp_path, 
     with project_modules(project, "train") as modules:
         train = modules["train"]
         monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-        for reads_weights in ("pieces", "load_parts"):
+        for reads_weights in ("load_state", "load_parts"):
             monkeypatch.setattr(train, reads_weights, lambda *_: [], raising=False)
         model = [MagicMock()] if project == "deepspeed-pipeline" else []
         train.load_checkpoint(tmp_path, SimpleNamespace(optimizer=zero, module=MagicMock()), *model)

@@ -15,7 +15,7 @@ def main():
     stop = runtime.StopRequest(RuntimeConfig())  # from here on, the launcher's SIGTERM is only noted
     lags = [float(lag) for lag in sys.argv[1:]]
     time.sleep(lags[int(os.environ["RANK"])])
-    raise UserError("data.text_column=body is no column")
+    raise UserError("data.text_column=body is not a column")
 
 errors.run(main)
 """
@@ -35,4 +35,4 @@ def test_two_ranks_say_it_once(tmp_path, lags):
         timeout=60,
     )
     assert done.returncode == 2
-    assert error_line(done.stdout) == "error: data.text_column=body is no column"
+    assert error_line(done.stdout) == "error: data.text_column=body is not a column"

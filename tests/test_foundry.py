@@ -441,9 +441,11 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
          json.dumps({name: [*common, *settings] for name, (settings, _) in mistakes.items()})],
         cwd=REPOSITORY, env=environment(**GROUP_OF_ONE), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    told = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    assert told.keys() == mistakes.keys(), done.stdout + done.stderr
-    wrong = {name: line for name, line in told.items() if "\n" in line or any(w not in line for w in mistakes[name][1])}
+    found = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert found.keys() == mistakes.keys(), done.stdout + done.stderr
+    wrong = {
+        name: line for name, line in found.items() if "\n" in line or any(w not in line for w in mistakes[name][1])
+    }
     assert not wrong
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -473,7 +475,7 @@ def test_the_data_can_be_written_by_hand(tmp_path):
 
 
 def a_repository(folder, requirements: str):
-    """build_environment.sh where it builds another, small environment."""
+    """build_environment.sh when it builds another, small environment."""
     (folder / PROJECT).mkdir(parents=True)
     (folder / "launchers").mkdir()
     for script in (f"{PROJECT}/build_environment.sh", "launchers/new_environment.sh"):

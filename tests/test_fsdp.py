@@ -167,7 +167,7 @@ def test_shards_of_two_ranks_are_read_by_another_number(undisturbed, tmp_path, p
     output = run(PROJECT, *RESUME, resume, f"output_dir={tmp_path}", processes=processes)
     assert "Resuming from the checkpoint of step 20" in output
     ours, theirs = ([loss for loss, _ in losses(folder)] for folder in (tmp_path, undisturbed))
-    assert ours[:20] == theirs[:20] and ours[20:] != theirs[20:]  # rounding, so it was computed anew
+    assert ours[:20] == theirs[:20] and ours[20:] != theirs[20:]  # rounding, so it was computed again
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 

@@ -278,7 +278,7 @@ def test_create_repo(hub):
     assert api.model_info("alice/secret").private
     assert api.create_repo("open", repo_type="dataset").repo_id == "alice/open"
     assert not HfApi(endpoint=hub.url, token=False).dataset_info("alice/open").private
-    # Everybody else is told that the private repository does not exist.
+    # Everybody else gets the answer that the private repository does not exist.
     for token, status in ((False, 401), (BOB, 404)):
         with pytest.raises(RepositoryNotFoundError) as error:
             HfApi(endpoint=hub.url, token=token).model_info("alice/secret")
@@ -353,7 +353,7 @@ def test_missing_things_have_errors_of_their_own(hub, download):
 
 persistent_client = pytest.mark.skipif(
     int(huggingface_hub.__version__.split(".")[0]) < 1,
-    reason="huggingface_hub 0.33 gives up at once in these cases; a second call goes on from what the first one kept",
+    reason="huggingface_hub 0.33 gives up at once in these cases; a second call resumes from what the first one kept",
 )
 
 

@@ -217,7 +217,7 @@ def test_every_launcher_ignores_a_lost_terminal_under_nohup_and_else_lets_the_ru
 
 @pytest.mark.slow
 def test_one_machine_needs_no_name(tmp_path):
-    """torchrun and Gloo where the machine's own name does not resolve: it took ten minutes."""
+    """torchrun and Gloo if the machine's own name does not resolve: it took ten minutes."""
     alone = ["unshare", "--map-root-user", "--uts"]
     if subprocess.run([*alone, "true"]).returncode:
         pytest.skip("this machine permits no host name of one's own")
@@ -490,7 +490,7 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
         return done.stdout, time.monotonic() - started
 
     try:
-        # 192.0.2.1 (RFC 5737) never answers, and neither does the name; the build goes on without.
+        # 192.0.2.1 (RFC 5737) never answers, and neither does the name; the build continues without.
         for index in ("http://192.0.2.1:9", "https://no-such-host.invalid"):
             output, seconds = install(index)
             assert f"{index} gave no CPU build" in output and seconds < 8
@@ -507,7 +507,7 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("project", ["pytorch-ddp", "deepspeed-offload"])
 def test_eval_starts_in_any_environment_in_which_launch_does(hostile_folder, tmp_path, project):
-    """With a Python that has none of the packages, where launch.sh would find another; and from a hostile folder."""
+    """With a Python that has none of the packages, while launch.sh would find another; and from a hostile folder."""
     bare = next(Path(sys.base_prefix, "bin").glob("python3.*[0-9]"))
     variables = environment(cold=True, PYTHONSAFEPATH="1")
     variables.pop("PYTHONPATH")

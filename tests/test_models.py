@@ -1,4 +1,4 @@
-"""Models: the tiny ones are the real classes, and what is said of a model holds after it was saved and loaded."""
+"""Models: the tiny ones are the real classes, and what holds for a model holds after it was saved and loaded."""
 
 import json
 

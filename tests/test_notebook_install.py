@@ -52,7 +52,7 @@ def installed_here(wanted: list[str], there: dict[str, str]) -> dict[str, import
 
 @pytest.mark.slow
 def test_installing_leaves_the_torch_that_is_there(tmp_path):
-    """Without network: pip finds the packages of this environment in a folder, beside newer ones that ask for a newer
+    """Without network: pip finds the packages of this environment in a folder, next to newer ones that ask for a newer
     torch, which is there too."""
     (site,) = (REPOSITORY / ".venv-foundry/lib").glob("python3.*/site-packages")
     subprocess.run(

@@ -176,7 +176,7 @@ def test_the_shipped_configuration_trains_uploads_and_evaluates(hub, tmp_path, p
     assert (uploaded / f"checkpoints/step-{steps:08d}").is_dir()
     card = (uploaded / "README.md").read_text()
     assert names["model"]["name"] in card and names["data"]["name"] in card
-    if project == "llm-foundry-finetune":  # the text that a question is about, where it has one, is in the prompt
+    if project == "llm-foundry-finetune":  # the text that a question is about, if it has one, is in the prompt
         rows = [json.loads(line) for line in (run / "foundry/eval.jsonl").read_text().splitlines()]
         with_context = [row for row in rows if row["prompt"].count("\n") > 2 or len(row["prompt"]) > 200]
         assert 0.1 < len(with_context) / len(rows) < 0.5
@@ -313,7 +313,7 @@ def test_on_kaggle_a_run_goes_on_in_the_next_session_and_is_evaluated_in_a_third
 
 
 def test_a_recording_of_what_is_no_notebook_says_so_in_one_line(tmp_path):
-    """Nothing is named, no such file, code that is no notebook, and a `.ipynb` in place of its source."""
+    """Nothing is named, no such file, code that is not a notebook, and a `.ipynb` instead of its source."""
     ipynb = REPOSITORY / "pytorch-ddp/notebooks/train.ipynb"
     unchanged = ipynb.read_bytes()
     for named in ([], [tmp_path / "train.py"], [REPOSITORY / "common/data.py"], [ipynb]):
@@ -435,7 +435,7 @@ def test_what_a_session_keeps_is_found_by_the_next(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     notebook.keep(evaluated, "pytorch-fsdp")
     assert (tmp_path / "working/pytorch-fsdp/eval.json").is_file() and "not complete" not in capsys.readouterr().out
-    search = notebook.runs_folder() / "ray-tune"  # its trials are no run's checkpoints
+    search = notebook.runs_folder() / "ray-tune"  # its trials are not a run's checkpoints
     (search / "trials").mkdir(parents=True)
     (search / "summary.json").write_text('{"status": "interrupted"}')
     notebook.keep(search, "ray-tune")

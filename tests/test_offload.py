@@ -61,10 +61,10 @@ def ddp() -> list[tuple[float, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 16), (2, 2)])
 def test_losses_and_gradient_norms_are_those_of_ddp(ddp, tmp_path, processes, micro_batch):
-    """Prompt-masked rows: the ranks have unequal target counts (test_ddp.py). One micro-batch a step, and four."""
+    """Prompt-masked rows: the ranks have unequal target counts (test_ddp.py). One micro-batch per step, and four."""
     settings = [*SAME, GROUPS, f"train.micro_batch_size={micro_batch}", f"output_dir={tmp_path}"]
     output = run(PROJECT, *settings, processes=processes)
-    assert "lr_scheduler" not in output  # torch warns where it sees no optimizer.step
+    assert "lr_scheduler" not in output  # torch warns if it sees no optimizer.step
     assert_close(losses(tmp_path), ddp, 1e-4)
 
 
@@ -301,7 +301,10 @@ BAD_DS_CONFIGS = {
     "misspelt key": ({"zero_optimization": {"stage": 2, "overlap_com": True}}, ["overlap_com", "overlap_comm"]),
     "misspelt key of the YAML's": ({**DS, "gradient_cliping": 1}, ["gradient_cliping", "gradient_clipping"]),
     "wrong type": ({"zero_optimization": {"stage": "two"}}, ["zero_optimization.stage", '"two"', "whole number"]),
-    "true is no number": ({"zero_optimization": {"reduce_bucket_size": True}}, ["reduce_bucket_size", "whole number"]),
+    "true is not a number": (
+        {"zero_optimization": {"reduce_bucket_size": True}},
+        ["reduce_bucket_size", "whole number"],
+    ),
     "no object": ({"zero_optimization": 2}, ["zero_optimization is 2", "object"]),
     "other stage": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage is 3", "set it to 2"]),
     "no stage": ({}, ["zero_optimization.stage is not set", "set it to 2"]),
@@ -469,7 +472,7 @@ def test_the_launcher_is_told_about_machines_and_devices(monkeypatch):
     for visible in ("-1", "0", ""):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert world(deepspeed_launcher.launcher_options(2)) == {"machine-0": ["-1", "-1"]}
-    monkeypatch.delenv("DS_ACCELERATOR")  # with CUDA_VISIBLE_DEVICES empty, as where it is not set
+    monkeypatch.delenv("DS_ACCELERATOR")  # with CUDA_VISIBLE_DEVICES empty, as if it were not set
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("NODE_RANK", "1")
     with refused("NNODES=2", "MASTER_ADDR"):

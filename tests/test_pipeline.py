@@ -123,7 +123,7 @@ def test_options_train_alike(ddp, tmp_path, settings, relative):
         assert 0 < costs["embedding"] < costs["head"] and costs["layer"] > 0 and sum(grid["layers_by_stage"]) == 4
 
 
-# Started by a launcher: after the training each rank tells what it holds, and what it does not.
+# Started by a launcher: after the training each rank prints what it holds, and what it does not.
 RANKS = """
 import sys
 sys.path[:0] = [sys.argv.pop(1)]
@@ -174,7 +174,7 @@ def test_tied_copies_stay_equal_and_each_rank_holds_its_stage_only(ddp, tmp_path
     assert set(first) | set(last) == set(whole)
     start_value = models.load_model(ModelConfig("tiny:llama"), 42).get_parameter(tied)
     assert torch.equal(first[tied], last[tied]) and not torch.equal(first[tied].float(), start_value)
-    # With two pipelines, a stage's masters are dealt out, and only some ranks hold pieces of the embedding.
+    # With two pipelines, a stage's masters are distributed, and only some ranks hold pieces of the embedding.
     half = processes // 2
     masters = [
         [rank["masters"][tied] for rank in stage if tied in rank["masters"]] for stage in (ranks[:half], ranks[half:])
@@ -342,11 +342,13 @@ def test_a_batch_too_small_for_the_stages_is_told(modules, capsys):
     cfg.train.global_batch_size, cfg.train.micro_batch_size = 16, 8
     warn = modules["stages"].warn_of_waiting
     warn(cfg, 3, 1, 2)
-    told = capsys.readouterr().err
-    assert "too few micro-batches for 3 stages, 2" in told and "50%" in told
-    assert "train.micro_batch_size=4, or train.global_batch_size=24 or more" in told  # 16 rows are no multiple of 5
+    warned = capsys.readouterr().err
+    assert "too few micro-batches for 3 stages, 2" in warned and "50%" in warned
+    assert (
+        "train.micro_batch_size=4, or train.global_batch_size=24 or more" in warned
+    )  # 16 rows are not a multiple of 5
     warn(cfg, 32, 1, 2)
-    assert "micro_batch_size" not in (told := capsys.readouterr().err) and "global_batch_size=256" in told
+    assert "micro_batch_size" not in (warned := capsys.readouterr().err) and "global_batch_size=256" in warned
     warn(cfg, 2, 1, 2)
     assert capsys.readouterr().err == ""
 

@@ -1,4 +1,4 @@
-"""What a run folder says: metrics that survive a kill, plots that show the data, tables that carry the figures."""
+"""What a run folder holds: metrics that survive a kill, plots that show the data, tables that carry the figures."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The tables of the README files: made from the records, the same each time, and out of date where a record changed."""
+"""The tables of the README files: made from the records, the same each time, and out of date if a record changed."""
 
 import json
 import shutil

@@ -1,6 +1,5 @@
 """The machine: precision, signals, random numbers, and the measures of what a run took."""
 
-import io
 import json
 import os
 import random
@@ -31,13 +30,13 @@ BUILT_FOR = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(name, capability, architectures): what torch says on a machine with that GPU"""
+    """gpu(name, capability, architectures): what torch reports on a machine with that GPU"""
 
     def pretend(name: str, capability: tuple[int, int], architectures: list[str] = BUILT_FOR) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: architectures)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # a T4 says so, too
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # a T4 reports it, too
 
     return pretend
 
@@ -165,16 +164,15 @@ def draw() -> list[float]:
     return [random.random(), random.gauss(), np.random.rand(), np.random.randn(), *torch.rand(3).tolist()]
 
 
-def test_the_random_state_comes_back_from_a_safe_load():
+def test_the_random_state_comes_back(tmp_path):
     runtime.seed_everything(7)
     draw()
-    file = io.BytesIO()
-    torch.save(runtime.rng_state(), file)
+    runtime.save_rng(tmp_path, 0)
     expected = [draw() for _ in range(3)]
     runtime.seed_everything(8)
     draw()
-    file.seek(0)
-    runtime.set_rng_state(torch.load(file, weights_only=True))
+    runtime.load_rng(tmp_path, 1)  # of a rank that there was not: nothing
+    runtime.load_rng(tmp_path, 0)
     assert [draw() for _ in range(3)] == expected
 
 
@@ -293,7 +291,7 @@ def test_mfu_is_by_the_peak_of_what_each_process_has_of_a_gpu(tmp_path, monkeypa
 
 
 def run_of(folder: Path, first_step: int, steps: int, checkpoint: Path | None = None, loss: float = 2.0) -> dict:
-    """A run's records from `first_step` to `steps`, without a held-out loss behind step 0; its summary."""
+    """A run's records from `first_step` to `steps`, without a held-out loss after step 0; its summary."""
     cfg = BaseConfig(output_dir=str(folder))
     cfg.tracking.backend = "none"
     model = load_model(ModelConfig("tiny:llama"))

@@ -1,4 +1,4 @@
-"""The embedded real model: converted once, exactly, by whichever process is first; one line where it is missing."""
+"""The embedded real model: converted once, exactly, by whichever process is first; one line if it is missing."""
 
 import json
 import multiprocessing
@@ -94,7 +94,7 @@ def test_the_tokenizer_is_the_published_one(loaded):
     special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token]
     assert special == ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_end|>"]
     assert tokenizer.model_max_length == 8192 and len(tokenizer) == 49152
-    # Every digit by itself, also behind two spaces; nothing is put before a text.
+    # Every digit by itself, also after two spaces; nothing is put before a text.
     assert tokenizer.tokenize("in  2026") == ["in", "ĠĠ", "2", "0", "2", "6"]
     assert tokenizer("a").input_ids == [tokenizer.convert_tokens_to_ids("a")]
 

@@ -46,7 +46,7 @@ save_config(cfg, run_dir / "config.yaml")
 (run_dir / "plots" / "loss.png").write_bytes(b"picture")
 tracking.PATIENCE = float(sys.argv[6])
 began = time.monotonic()
-tracker = start_tracker(cfg, run_dir, enabled=True, project="pytorch-ddp")
+tracker = start_tracker(cfg, run_dir, "pytorch-ddp")
 print("url:", tracker.url)
 slowest = 0.0
 for step in range(first, last + 1):
@@ -112,19 +112,18 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "my run" / "first"
 
 
-# --- none, and ranks without a tracker -------------------------------------------------------------------------------
+# --- none -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("backend", "enabled"), [("none", True), ("mlflow", False), ("wandb", False)])
-def test_a_disabled_tracker_imports_and_writes_nothing(tmp_path: Path, backend: str, enabled: bool):
+def test_no_tracker_imports_and_writes_nothing(tmp_path: Path):
     code = f"""
 import sys, threading
 from pathlib import Path
 from common.config import BaseConfig
 from common.tracking import start_tracker
 cfg = BaseConfig()
-cfg.tracking.backend = {backend!r}
-tracker = start_tracker(cfg, Path({str(tmp_path / "run")!r}), enabled={enabled})
+cfg.tracking.backend = "none"
+tracker = start_tracker(cfg, Path({str(tmp_path / "run")!r}), "")
 tracker.log({{"loss": 1.0}}, 1)
 tracker.log_artifacts(Path("nothing"))
 tracker.finish("completed")

@@ -535,10 +535,7 @@ def test_the_micro_batch_does_not_change_the_training(modules):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = data.step_loader(rows, cfg, tokenizer.pad_token_id, 0, 1)
         found.append(
-            [
-                loop.train_step(model, batch, optimizer, scaler, cfg, torch.device("cpu"), torch.float32)[:2]
-                for batch in batches
-            ]
+            [loop.train_step(model, batch, optimizer, scaler, cfg, torch.device("cpu"))[:2] for batch in batches]
         )
     assert_close(found[0], found[1], 1e-5)
 

@@ -95,7 +95,7 @@ TEMPLATES = {
         "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
-    "smollm": (  # ChatML, with a system prompt where the conversation has none
+    "smollm": (  # ChatML, with a system prompt if the conversation has none
         "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
         "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
@@ -126,7 +126,7 @@ TEMPLATES = {
         "{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
     ),
-    "phi-3": (  # EOS stands behind the last turn only, and belongs to nobody: the mask leaves it out
+    "phi-3": (  # EOS follows the last turn only, and belongs to nobody: the mask leaves it out
         "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
         "{% else %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}"

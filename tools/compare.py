@@ -79,7 +79,7 @@ def comparable(run_dirs: list[Path]) -> list[list[Path]]:
 
 
 def conditions(run_dir: Path) -> dict[str, str]:
-    """What a run's figures depend on besides its project. Unknown of a folder without `config.yaml`."""
+    """What a run's figures depend on in addition to its project. Unknown of a folder without `config.yaml`."""
     try:
         cfg = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         model, data, train = cfg["model"], cfg["data"], cfg["train"]
@@ -100,7 +100,7 @@ def conditions(run_dir: Path) -> dict[str, str]:
 
 
 def labels(run_dirs: list[Path]) -> dict[Path, str]:
-    """A short name for each run: its project, with its folder's name where a project has several runs here."""
+    """A short name for each run: its project, with its folder's name if a project has several runs here."""
     projects = [read_summary(p).get("project", p.name) for p in run_dirs]
     names = [p if projects.count(p) == 1 else f"{p}/{d.name}" for p, d in zip(projects, run_dirs, strict=True)]
     unique = len(set(names)) == len(names)

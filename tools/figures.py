@@ -102,7 +102,7 @@ def offload_host_memory(results: Path) -> Figure:
 
 
 def pipeline_efficiency(results: Path) -> Figure:
-    """The share of a step in which the slowest stage computes, beside what the bubble allows."""
+    """The share of a step in which the slowest stage computes, next to what the bubble allows."""
     counts = (2, 4, 8, 16, 32)
     records = read(results / "deepspeed-pipeline", *(f"2-stages-micro-{m}" for m in counts))
     (four,) = read(results / "deepspeed-pipeline", "4-stages")

@@ -73,7 +73,7 @@ def machine(records: list[dict]) -> str:
 
 
 def limited(records: list[dict]) -> str:
-    """The caption where each GPU has the memory of a smaller one."""
+    """The caption if each GPU has the memory of a smaller one."""
     limit = shared(records, lambda r: r["settings"]["runtime.gpu_memory_limit_gib"])
     return f"{machine(records)}. Each GPU limited to {limit} GiB."
 
@@ -91,7 +91,7 @@ def commit(records: list[dict]) -> str:
 
 
 def entry(text: str) -> Callable[[dict], str]:
-    """A column of what is in the record besides its summary."""
+    """A column of what is in the record in addition to its summary."""
     return lambda r: text.format(**r)
 
 
