@@ -31,6 +31,7 @@ from common.evaluation import evaluate, figures, held_out_batches, predicted_byt
 from common.files import check_writable, write_json, write_whole
 from common.generation import answer_scores, encode_prompt, generate, make_greedy, questions, without_rest
 from common.loss import CausalLMLoss
+from common.model_card import with_evaluation
 from common.models import load_model, load_tokenizer, use_fused_attention
 from common.progress import track
 from common.tracking import log_results
@@ -99,6 +100,9 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         _write(results, Path(cfg.output_dir))
+        card = Path(cfg.output_dir) / "model/README.md"
+        if not cfg.eval.model and card.is_file():
+            write_whole(card, with_evaluation(card.read_text(encoding="utf-8"), results))
         _track(cfg, results)
         _print(results, Path(cfg.output_dir))
     accelerator.end_training()

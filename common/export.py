@@ -53,6 +53,7 @@ class Export:
         self._shape = models.empty_model(base)  # without weights: names, class and configuration
         source = models.base_folder(base)
         self._files = kept_files(source) if source else made_files(base, self._shape)
+        self.base_card = read_card(source) if source else ""
         self._files["config.json"] = config_json(self._shape, source, self._dtype)
         self._rehearse(base)
 
@@ -108,6 +109,12 @@ def kept_files(source: Path) -> dict[str, bytes]:
     paths = [*source.iterdir(), *source.glob("additional_chat_templates/*")]
     names = {str(path.relative_to(source)): path for path in paths if path.is_file()}
     return {name: path.read_bytes() for name, path in sorted(names.items()) if _is_kept(name, path.stat().st_size)}
+
+
+def read_card(folder: Path) -> str:
+    """The model card in `folder`, or nothing."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _is_kept(name: str, size: int) -> bool:

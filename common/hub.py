@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -147,49 +146,6 @@ def explain_hub_error(error: Exception, kind: str, name: str) -> UserError:
     return UserError(f"{where} cannot be loaded: {_first_line(error)}")
 
 
-def model_card(cfg: BaseConfig, summary: dict) -> str:
-    """The README.md of a trained model: front matter for the Hub, what was trained, with which settings and losses.
-
-    `summary` is the run's `summary.json`; figures that it does not have are left out.
-    """
-    project, t = summary.get("project"), cfg.train
-    base = smollm2.HUB_ID if cfg.model.name == smollm2.NAME else cfg.model.name
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": smollm2.LICENSE if base == smollm2.HUB_ID else None,  # others' we do not know
-        "base_model": base if is_hub_id(base) else None,
-        "datasets": [cfg.data.name] if is_hub_id(cfg.data.name) else None,
-        "tags": ["fine-tuned", "multi-gpu", *filter(None, [project])],
-    }
-    facts = {
-        "optimizer steps": summary.get("steps"),
-        "global batch": f"{t.global_batch_size} sequences of at most {cfg.data.max_length} tokens",
-        "learning rate": f"{t.learning_rate:g}, {t.lr_schedule}, {t.warmup_steps} warm-up steps",
-        "weight decay": f"{t.weight_decay:g}",
-        "seed": cfg.seed,
-        "training loss, first step": _figure(summary.get("first_loss")),
-        "training loss, last step": _figure(summary.get("last_loss")),
-        "held-out loss before": _figure(summary.get("eval_loss_before")),
-        "held-out loss after": _figure(summary.get("eval_loss_after")),
-        "tokens per second": _figure(summary.get("tokens_per_second"), 0),
-    }
-    lines = [
-        "---",
-        yaml.safe_dump({k: v for k, v in front.items() if v is not None}, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {cfg.hub.repo_id.rpartition('/')[2] or 'Fine-tuned model'}",
-        "",
-        f"`{base}`, fully fine-tuned on `{cfg.data.name}`" + (f" by `{project}`." if project else "."),
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a model or dataset name is an id on the Hub, not embedded (tiny:…, smollm2, pydoc) or a local path."""
     if name in ("pydoc", smollm2.NAME) or name.startswith("tiny:") or Path(name).exists():
@@ -272,7 +228,3 @@ def _is_temporary(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _figure(value: float | None, digits: int = 4) -> str | None:
-    return None if value is None else f"{value:,.{digits}f}"

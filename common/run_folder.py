@@ -23,9 +23,10 @@ from common.data import describe_counts
 from common.errors import UserError, full_disk
 from common.export import Export, check_space, gather_all
 from common.files import check_writable, remove, write_json
-from common.hub import model_card, push_to_hub
+from common.hub import push_to_hub
 from common.json_lines import JsonLines, finite
 from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
+from common.model_card import model_card
 from common.progress import Progress
 from common.redaction import without_secrets
 from common.runtime import check_finite, launcher_pid
@@ -198,7 +199,8 @@ class RunFolder:
         Every rank calls this. `gather` gives the whole of a sharded tensor; it may be a collective.
         """
         if self.is_main:
-            self._export.write(model, model_card(self.cfg, self.summarize("completed")), gather)
+            summary, export = self.summarize("completed"), self._export
+            export.write(model, model_card(self.cfg, summary, self._environment, export.base_card), gather)
         else:
             gather_all(model, gather)
 

@@ -17,7 +17,7 @@ from common.checkpoints import Checkpoints
 from common.config import parse_config
 from common.errors import UserError, run
 from common.export import Export
-from common.hub import model_card
+from common.model_card import model_card
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
         read_state(folder / "state", "masters", names[parameter], whole.view(-1))
         return whole
 
-    card = model_card(cfg, {"project": PROJECT, "steps": step})
-    Export(cfg.model, output / "model").write(model, card, read)
+    export = Export(cfg.model, output / "model", cfg.export.dtype)
+    export.write(model, model_card(cfg, {"project": PROJECT, "steps": step}, base_card=export.base_card), read)
     print(f"The model of step {step} is in {output / 'model'}")
 
 

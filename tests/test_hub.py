@@ -12,11 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from hub_server import HubServer
 
-from common.config import BaseConfig
-from common.hub import is_hub_id, model_card
+from common.hub import is_hub_id
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WRITE, READ, WRONG = "hf_" + "w" * 34, "hf_" + "r" * 34, "hf_" + "x" * 34
@@ -305,28 +303,6 @@ except Exception as error:
 # --- model card ------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_card_names_its_sources_and_figures(tmp_path: Path):
-    cfg = BaseConfig()
-    cfg.model.name, cfg.data.name, cfg.hub.repo_id = "facebook/opt-1.3b", "stanfordnlp/imdb", "alice/tuned"
-    summary = {"project": "pytorch-fsdp", "steps": 1200, "first_loss": 3.5, "eval_loss_after": 2.25}
-    _, front, body = model_card(cfg, json.loads(json.dumps(summary))).split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": "facebook/opt-1.3b",
-        "datasets": ["stanfordnlp/imdb"],
-        "tags": ["fine-tuned", "multi-gpu", "pytorch-fsdp"],
-    }
-    assert "# tuned" in body
-    assert "| optimizer steps | 1200 |" in body
-    assert "| held-out loss after | 2.2500 |" in body
-    assert "held-out loss before" not in body
-
-
-def test_the_model_card_of_an_embedded_run_points_at_nothing_on_the_hub(tmp_path: Path):
-    cfg = BaseConfig()
-    cfg.data.name = str(tmp_path)
-    front = yaml.safe_load(model_card(cfg, {}).split("---\n")[1])
-    assert not {"base_model", "datasets"} & front.keys()
+def test_hub_ids_are_told_from_embedded_names_and_paths(tmp_path: Path):
     names = {"pydoc": False, "tiny:opt": False, "./x": False, str(tmp_path): False, "gpt2": True, "alice/x": True}
     assert {name: is_hub_id(name) for name in names} == names

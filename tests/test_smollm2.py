@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from common import data, export, generation, hub, models, smollm2
 from common.config import BaseConfig, DataConfig, ModelConfig
 from common.loss import CausalLMLoss
+from common.model_card import model_card
 
 pytestmark = pytest.mark.slow  # 135 million parameters
 MODEL = ModelConfig(smollm2.NAME)
@@ -102,7 +103,7 @@ def test_the_tokenizer_is_the_published_one(loaded):
 @torch.no_grad()
 def test_export_and_reload_give_equal_logits(loaded, tmp_path):
     model, tokenizer = loaded
-    card = hub.model_card(BaseConfig(model=MODEL), {"project": "pytorch-ddp"})
+    card = model_card(BaseConfig(model=MODEL), {"project": "pytorch-ddp"})
     export.Export(MODEL, tmp_path / "model").write(model, card, torch.Tensor.detach)
     again = ModelConfig(str(tmp_path / "model"))
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
