@@ -116,6 +116,10 @@ record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embe
 bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
 	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train ray_tune; do python bench/$$project.py; done
 
+.PHONY: seven
+seven: .venv/ready .venv-foundry/ready ## one small task through all seven projects, and a report; minutes on two CPU cores
+	@$(RUN) PYTHONPATH=. python bench/seven.py
+
 .PHONY: compare
 compare: .venv/ready ## compare the runs in RUNS (default: every run below runs/): a table and runs/comparison.png
 	@$(RUN) python -m tools.compare $(or $(RUNS),$(dir $(wildcard runs/*/summary.json runs/*/*/summary.json)))

@@ -1,4 +1,4 @@
-"""The reference of bench/real.py: one process, transformers' own loss, torch's AdamW, and nothing of ours but the rows.
+"""The reference: one process, transformers' own loss, torch's AdamW, and nothing of ours but the rows.
 
     python bench/plain_loop.py bench/tasks/gsm8k.yaml SEED OUTPUT.json data.name=FILE train.precision=bf16
 
@@ -22,8 +22,9 @@ from common.loss import IGNORE
 from common.schedule import lr_schedule
 
 
-def main(config: str, seed: str, output: str, *settings: str) -> None:
-    cfg = load_config(BaseConfig, Path(config), list(settings))
+def train(config: Path, settings: list[str], seed: int | None = None) -> dict:
+    """`losses` and `grad_norms` by step, the held-out loss before and after; `seed` orders the training rows."""
+    cfg = load_config(BaseConfig, config, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     tokenizer = models.load_tokenizer(cfg.model)
@@ -34,7 +35,8 @@ def main(config: str, seed: str, output: str, *settings: str) -> None:
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.train.learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    steps = data.StepSampler(rows, dataclasses.replace(cfg, seed=int(seed)), rank=0, world_size=1)
+    order = cfg if seed is None else dataclasses.replace(cfg, seed=seed)
+    steps = data.StepSampler(rows, order, rank=0, world_size=1)
     schedule = lr_schedule(cfg, optimizer, steps.total_steps)
 
     def summed_loss(chosen: list) -> tuple[torch.Tensor, int]:
@@ -53,7 +55,7 @@ def main(config: str, seed: str, output: str, *settings: str) -> None:
         ]
         return sum(loss.item() for loss, _ in parts) / sum(targets for _, targets in parts)
 
-    losses, before = [], evaluate()
+    losses, norms, before = [], [], evaluate()
     for indices in steps:
         chosen = [rows[i] for i in indices]
         targets = sum(row["labels"][1:].ne(IGNORE).sum().item() for row in chosen)
@@ -63,18 +65,25 @@ def main(config: str, seed: str, output: str, *settings: str) -> None:
             scaler.scale(loss / targets).backward()
             total += loss.item()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.max_grad_norm or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         schedule.step()
-        losses.append(round(total / targets, 6))
-    record = {
+        losses.append(total / targets)
+        norms.append(norm.item() if norm.isfinite() else None)  # not finite: the scaler skips the step
+    return {
         "losses": losses,
+        "grad_norms": norms,
         "eval_loss_before": before,
         "eval_loss_after": evaluate(),
         "environment": runtime.describe_environment(1, reason),
     }
+
+
+def main(config: str, seed: str, output: str, *settings: str) -> None:
+    record = train(Path(config), list(settings), int(seed))
+    record["losses"] = [round(loss, 6) for loss in record["losses"]]
     Path(output).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 

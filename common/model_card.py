@@ -50,7 +50,8 @@ def model_card(cfg: BaseConfig, summary: dict, environment: dict | None = None, 
         "## Results": _results_before_and_after(summary),
         "## Use": _use(cfg),
         "## Training": _table(_training(cfg, summary, environment or {})),
-        "## Limitations": LIMITATIONS + ("" if data.license else "\n- The licence of the base model holds: see there."),
+        "## Limitations": LIMITATIONS
+        + ("\n- The licence of the base model holds: see there." if data.base_model and not data.license else ""),
     }
     body = "\n\n".join(f"{heading}\n\n{text}" for heading, text in sections.items() if text)
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"

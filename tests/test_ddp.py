@@ -28,7 +28,7 @@ from launching import (
 )
 from transformers import AutoModelForCausalLM
 
-from bench import equality
+from bench import plain_loop as reference
 from common import data, models
 from common.config import load_config
 
@@ -38,7 +38,8 @@ PROJECT = "pytorch-ddp"
 @pytest.fixture(scope="module")
 def plain_loop() -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    return equality.plain_loop(EQUAL)
+    record = reference.train(REPOSITORY / PROJECT / "smoke.yaml", [*EQUAL, "train.micro_batch_size=16"])
+    return [*zip(record["losses"], record["grad_norms"], strict=True)]
 
 
 @pytest.mark.slow
