@@ -113,8 +113,11 @@ record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embe
 	done
 
 .PHONY: bench
-bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
-	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train ray_tune; do python bench/$$project.py; done
+bench: .venv/ready .venv-foundry/ready ## measure on this machine's GPUs, from a clean commit; PROJECT=pytorch-fsdp OPTIONS='--only speed'
+	@$(RUN) export PYTHONPATH=.
+	declare -A programs=([pytorch-ddp]=ddp [pytorch-fsdp]=fsdp [deepspeed-offload]=offload [deepspeed-pipeline]=pipeline
+	  [llm-foundry-finetune]=foundry [ray-train]=ray_train [ray-tune]=ray_tune)
+	for project in $(or $(PROJECT),"$${!programs[@]}"); do python bench/$${programs[$$project]}.py $(OPTIONS); done
 
 .PHONY: seven
 seven: .venv/ready .venv-foundry/ready ## one small task through all seven projects, and a report; minutes on two CPU cores

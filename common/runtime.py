@@ -236,12 +236,18 @@ def describe_environment(world_size: int, precision: str) -> dict:
 
 
 def _git_commit() -> str | None:
+    """The commit, and whether tracked files differ from it; `results/` does not count, which measuring fills."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
         commit = git("rev-parse", "HEAD")
-        return f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or None
+        return (
+            f"{commit} with local changes"
+            if commit and git("diff", "--name-only", "HEAD", "--", ".", ":!results")
+            else commit or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
