@@ -7,6 +7,7 @@ that had would take memory from the training, which runs in processes of its own
 from __future__ import annotations
 
 import codecs
+import datetime
 import importlib.metadata
 import io
 import itertools
@@ -266,6 +267,27 @@ def show_versions(run: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     for name, version in (environment["versions"] | {"Python": environment["python"]}).items():
         print(f"{name:15} {version}")
+
+
+def describe_run(run: Path) -> str:
+    """What the run was, in Markdown: model and weights, data, hardware, date, revision of the code."""
+    import yaml
+
+    from common import report
+
+    config, environment = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), run / "environment.json"
+    made = max((path for path in (environment, run / "eval.json") if path.is_file()), key=lambda p: p.stat().st_mtime)
+    there = report.read_json(made)
+    there = there.get("environment", there)
+    model, data = config["model"], config["data"]["name"]
+    at_random = model["random_weights"] or model["name"].startswith("tiny:")
+    revision = (there["git_commit"] or "unknown").partition(" ")
+    return (
+        f"*Outputs: `{Path(model['name']).name}` ({'random' if at_random else 'published'} weights) on "
+        f"`{Path(data).name}`, {there['precision'].partition(':')[0]}; {report.devices(there)}, torch "
+        f"{there['versions']['torch']}; {datetime.date.fromtimestamp(made.stat().st_mtime)}, code of "
+        f"{revision[0][:10]}{' ' + revision[2] if revision[2] else ''}.*"
+    )
 
 
 def show_plots(run: Path, *names: str) -> None:

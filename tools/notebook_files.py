@@ -24,6 +24,7 @@ from common.config import REPOSITORY
 from common.errors import UserError
 from tools.results import code_block, origin, tables
 
+RECORDED = "recorded"  # in a notebook's metadata: what the run was whose outputs it shows
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 SHOWN_CODE = re.compile(r"^notebook\.show_code\((.*)\)$", re.DOTALL)
 CITED = re.compile(r'^repository-code: ".*"$', re.MULTILINE)
@@ -50,10 +51,14 @@ def source(text: str, address: str, revision: str) -> str:
 
 
 def notebook(text: str, old: str | None) -> str:
-    """The `.ipynb` of a source, with the outputs that cells of the `old` one have where their code is the same."""
+    """The `.ipynb` of a source, with the outputs that cells of the `old` one have where their code is the same.
+
+    Under its title stands what run they come from, if it was recorded.
+    """
     made = jupytext.reads(text, fmt="py:percent")
     outputs = {}
-    for cell in nbformat.reads(old, 4).cells if old else []:
+    earlier = nbformat.reads(old, 4) if old else made
+    for cell in earlier.cells if old else []:
         if cell.cell_type == "code":
             outputs[_without_origin(cell.source)] = cell
     for number, cell in enumerate(made.cells):
@@ -66,6 +71,10 @@ def notebook(text: str, old: str | None) -> str:
                     for text in found
                 ]
     made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
+    if recorded := earlier.metadata.get(RECORDED):
+        made.metadata[RECORDED] = recorded
+        title, _, rest = made.cells[0].source.partition("\n")
+        made.cells[0].source = f"{title}\n\n{recorded}\n{rest}"
     return nbformat.writes(made, version=4) + "\n"
 
 
