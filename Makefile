@@ -103,13 +103,15 @@ kaggle-push: kaggle ## push the trainings with Kaggle's own client (pip install 
 	for folder in build/kaggle/$(or $(PROJECT),*)-$(or $(KIND),train)/; do kaggle kernels push -p "$$folder"; done
 	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor if a notebook needs it"
 
-# The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
+# On GPUs with a real model, else the embedded runs. deepspeed-offload's notebooks are about one GPU.
 .PHONY: record-notebooks
-record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embedded runs and keep what they show
-	@$(RUN) for folder in */notebooks; do
-	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=2
-	  python -m tools.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
-	  python -m tools.notebook_record $$folder/eval.py --config smoke.yaml
+record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks on this machine and keep what they show
+	@$(RUN) config=smoke.yaml
+	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then config=$$PWD/bench/tasks/pydoc.yaml; fi
+	for folder in */notebooks; do
+	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=$$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+	  python -m tools.notebook_record $$folder/train.py --config $$config checkpoint.resume=never
+	  python -m tools.notebook_record $$folder/eval.py --config $$config
 	done
 
 .PHONY: bench
