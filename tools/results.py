@@ -495,6 +495,29 @@ def equality_table(folder: Path, name: str) -> str:
     return table(rows, columns, caption)
 
 
+def agreement_table(folder: Path, name: str) -> str:
+    """Whose documented loop computes the mean over all targets of a global batch."""
+    (r,) = read(folder, name)
+    columns = {
+        "loop, as documented": lambda row: f"{row[0]} {row[1]['version']}".strip(),
+        "held-out loss": lambda row: f"{row[1]['held_out_loss']:.6f}",
+        "weights apart": lambda row: (
+            f"{row[1]['weights']:.0%}" if row[1]["weights"] > 1e-3 else f"{row[1]['weights']:.0e}"
+        ),
+        "exact": lambda row: "yes" if row[1]["weights"] < 1e-3 else "no",
+    }
+    rows = [("plain loop, one process", {"version": "", "held_out_loss": r["held_out_loss"], "weights": 0.0})]
+    rows += sorted(r["loops"].items(), key=lambda row: row[1]["weights"])
+    caption = (
+        f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; prompts "
+        f"are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are from the "
+        f"plain loop's, relative to how far those moved. On rows with equally many targets all are within 1e-5. "
+        f"{r['date']}, torch {r['environment']['versions']['torch']}. "
+        f"{provenance([r])} Made by `python bench/agreement.py`."
+    )
+    return table(rows, columns, caption)
+
+
 PLAIN = "plain loop"
 ORDERS = "five"
 KILLED = " killed"
@@ -719,6 +742,7 @@ BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which recor
     "real answers": (real_answers,),
     "real killed": (real_killed,),
     "equality losses": (equality_table, "losses"),
+    "agreement losses": (agreement_table, "losses"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
     "pytorch-ddp loss": (loss_table, "loss-memory"),
