@@ -499,7 +499,7 @@ def agreement_table(folder: Path, name: str) -> str:
     """Whose documented loop computes the mean over all targets of a global batch."""
     (r,) = read(folder, name)
     columns = {
-        "loop, as documented": lambda row: f"{row[0]} {row[1]['version']}".strip(),
+        "loop, as documented": lambda row: row[0] + (f", {row[1]['version']}" if row[1]["version"] else ""),
         "held-out loss": lambda row: f"{row[1]['held_out_loss']:.6f}",
         "weights apart": lambda row: (
             f"{row[1]['weights']:.0%}" if row[1]["weights"] > 1e-3 else f"{row[1]['weights']:.0e}"
@@ -509,8 +509,8 @@ def agreement_table(folder: Path, name: str) -> str:
     rows = [("plain loop, one process", {"version": "", "held_out_loss": r["held_out_loss"], "weights": 0.0})]
     rows += sorted(r["loops"].items(), key=lambda row: row[1]["weights"])
     caption = (
-        f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; prompts "
-        f"are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are from the "
+        f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
+        f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are from the "
         f"plain loop's, relative to how far those moved. On rows with equally many targets all are within 1e-5. "
         f"{r['date']}, torch {r['environment']['versions']['torch']}. "
         f"{provenance([r])} Made by `python bench/agreement.py`."
