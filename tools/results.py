@@ -510,8 +510,8 @@ def agreement_table(folder: Path, name: str) -> str:
     rows += sorted(r["loops"].items(), key=lambda row: row[1]["weights"])
     caption = (
         f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
-        f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are from the "
-        f"plain loop's, relative to how far those moved. On rows with equally many targets all are within 1e-5. "
+        f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are "
+        f"from the plain loop's, relative to how far those moved. On rows with equally many targets all are within 1e-5. "
         f"{r['date']}, torch {r['environment']['versions']['torch']}. "
         f"{provenance([r])} Made by `python bench/agreement.py`."
     )
