@@ -511,7 +511,7 @@ def agreement_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
         f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are "
-        f"from the plain loop's, relative to how far those moved. On rows with equally many targets all are within 1e-5. "
+        f"from the plain loop's, relative to how far it moved. With equally many targets a row, all are within 1e-5. "
         f"{r['date']}, torch {r['environment']['versions']['torch']}. "
         f"{provenance([r])} Made by `python bench/agreement.py`."
     )
