@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, refused
 from hub_content import assert_base_is_kept
-from launching import UNDER_RAY, environment, metrics
+from launching import UNDER_RAY, WARM_RAY, environment, metrics
 from nbclient.exceptions import CellExecutionError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,8 +122,9 @@ def texts_of(output: nbformat.NotebookNode) -> list[str]:
 def execute(path, edits: list[str], folder, **variables: str) -> str:
     """Run all cells in `folder`, with `edits` below the parameters; what they printed and displayed."""
     found = nbformat.read(path, 4)
-    cold = folder.parent.name in UNDER_RAY
-    notebook_record.execute(found, edits, folder, env=environment(cold=cold, **variables))
+    if folder.parent.name in UNDER_RAY:
+        variables = WARM_RAY | variables
+    notebook_record.execute(found, edits, folder, env=environment(**variables))
     return shown(found)
 
 
