@@ -415,11 +415,13 @@ class StopAt:
 def test_a_trial_that_stops_at_an_evaluation_has_its_loss_when_it_goes_on(modules, tmp_path):
     """Else a rung at that step would compare a later loss, and the search would have another outcome."""
     loop = modules["trial"]
+    cfg = load_config(loop.Config, REPOSITORY / PROJECT / "smoke.yaml", QUICK)
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows, held_out_batches = loop.build_dataloaders(cfg, tokenizer)
 
     def held_out_losses(folder: Path, stop_at: int = 0) -> dict[int, float]:
-        cfg = load_config(loop.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"output_dir={folder}"])
-        tokenizer = models.load_tokenizer(cfg.model)
-        for _ in loop.train(cfg, tokenizer, *loop.build_dataloaders(cfg, tokenizer), StopAt(folder, stop_at), True):
+        cfg.output_dir = str(folder)
+        for _ in loop.train(cfg, tokenizer, rows, held_out_batches, StopAt(folder, stop_at), True):
             pass
         return held_out(folder)
 
@@ -655,6 +657,10 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     begin(load_config(*config, [f"output_dir={moved}", "seed=1"]), moved, "abc")  # of use, if no trial has to go on
     with refused(f"output_dir={moved}", f"begun in {tmp_path}", "move it back"):
         modules["outcome"].check_place(moved)
+
+
+@pytest.mark.slow
+def test_two_searches_in_one_folder_at_a_time_are_refused(modules, tmp_path):
     with modules["trials"].lock(tmp_path / ".lock", 0, ""):
         line = error_line(run(PROJECT, f"output_dir={tmp_path}", exit_code=2, cold=True))
         assert "another search is running in it" in line
