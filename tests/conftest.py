@@ -25,6 +25,8 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
         session = Path(tempfile.mkdtemp(prefix="tests-", dir="/tmp"))  # a socket's path must be short
         os.environ["TEST_SESSION"] = str(session)
+        # As for the processes that tests start: threads of three workers on two cores wait for one another.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         warm_python.make_bin(session / "warm/main", Path(sys.executable))
         warm_python.make_bin(session / "warm/foundry", REPOSITORY / ".venv-foundry/bin/python")
 
