@@ -275,16 +275,23 @@ def describe_run(run: Path) -> str:
 
     from common import report
 
-    config, environment = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), run / "environment.json"
-    made = max((path for path in (environment, run / "eval.json") if path.is_file()), key=lambda p: p.stat().st_mtime)
-    there = report.read_json(made)
-    there = there.get("environment", there)
-    model, data = config["model"], config["data"]["name"]
-    at_random = model["random_weights"] or model["name"].startswith("tiny:")
+    made = max(
+        (path for name in ("environment.json", "eval.json") if (path := run / name).is_file()),
+        key=lambda path: path.stat().st_mtime,
+    )
+    there, settings = report.read_json(made), run / "config.yaml"
+    config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    at_random = config.get("model", {}).get("random_weights", False)
+    if made.name == "eval.json":  # whose training may have been in another session
+        model, data = there["base"]["model"], there["settings"]["data"]
+        there = there["environment"]
+    else:
+        model, data = config["model"]["name"], config["data"]["name"]
+    weights = "random" if at_random or model.startswith("tiny:") else "published"
     revision = (there["git_commit"] or "unknown").partition(" ")
     return (
-        f"*Outputs: `{Path(model['name']).name}` ({'random' if at_random else 'published'} weights) on "
-        f"`{Path(data).name}`, {there['precision'].partition(':')[0]}; {report.devices(there)}, torch "
+        f"*Outputs: `{Path(model).name}` ({weights} weights) on `{Path(data).name}`, "
+        f"{there['precision'].partition(':')[0]}; {report.devices(there)}, torch "
         f"{there['versions']['torch']}; {datetime.date.fromtimestamp(made.stat().st_mtime)}, code of "
         f"{revision[0][:10]}{' ' + revision[2] if revision[2] else ''}.*"
     )
