@@ -94,8 +94,8 @@ notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the 
 	@$(RUN) python -m tools.notebook_files $(REVISION)
 
 .PHONY: kaggle
-kaggle: .venv/ready ## notebooks that carry their code, for Kaggle's import; PROJECT=pytorch-ddp KAGGLE_USER=you
-	@$(RUN) python -m tools.kaggle $(PROJECT) $(if $(KAGGLE_USER),--user $(KAGGLE_USER))
+kaggle: ## notebooks that carry their code, for Kaggle's import; PROJECT=pytorch-ddp KAGGLE_USER=you
+	@$(PYTHON) -m tools.kaggle $(PROJECT) $(if $(KAGGLE_USER),--user $(KAGGLE_USER))
 
 .PHONY: kaggle-push
 kaggle-push: kaggle ## push the trainings with Kaggle's own client (pip install kaggle), then KIND=eval; PROJECT=… KAGGLE_USER=…

@@ -76,7 +76,7 @@ def test_the_files_are_those_of_their_sources(tmp_path):
         notebook_files.update(tmp_path, check=True)
     notebook_files.update(tmp_path, check=False)
     assert json.loads(metadata.read_text())["id"] == "account/pytorch-ddp-train"
-    address = notebook_files.origin(tmp_path)[0]
+    address = kaggle.origin(tmp_path)[0]
     assert (tmp_path / "CITATION.cff").read_text() == f'repository-code: "{address}"\n'
     assert address == "https://github.com/somebody/multi-gpu-fine-tuning"
 

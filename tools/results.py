@@ -19,14 +19,13 @@ import re
 import statistics
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
+from tools.kaggle import origin
 
 CODE = re.compile(r"<!-- code: ([^>]+) -->(?:(?!<!-- code: ).)*?<!-- end code -->", re.DOTALL)
 BLOCK = re.compile(r"<!-- results: ([^>]+) -->(?:(?!<!-- results: ).)*?<!-- end results -->", re.DOTALL)
@@ -705,14 +704,6 @@ def hardware(results: Path) -> str:
         f"not recorded)."
     )
     return table(records, columns, caption)
-
-
-def origin(repository: Path) -> tuple[str, str]:
-    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
-    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
-    address = settings["project"]["urls"]["Repository"]
-    owner = urlsplit(address).path.strip("/").partition("/")[0]
-    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
 
 
 def kaggle_badge(folder: Path, project: str) -> str:
