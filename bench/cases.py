@@ -167,7 +167,7 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each case prints, in NAME.log there")
     arguments = parser.parse_args()
-    commit = runtime.describe_environment(1, "")["git_commit"] or "with local changes: no Git"
+    commit = runtime.git_commit() or "with local changes: no Git"
     if "with local changes" in commit and not arguments.dirty:
         sys.exit(
             "error: tracked files differ from the commit, which a record must name: commit them first, or add --dirty"

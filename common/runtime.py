@@ -231,12 +231,15 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "world_size": world_size,
         "precision": precision,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
-    """The commit, and whether tracked files differ from it; `results/` does not count, which measuring fills."""
+def git_commit() -> str | None:
+    """The commit, followed by "with local changes" if tracked files differ from it; None without Git.
+
+    `results/` does not count: measuring fills it.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)

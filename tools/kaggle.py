@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from common import errors
 from common.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent  # not common.config's, which imports more than the standard library
 SHARED = ("common", "launchers", "tools", "pyproject.toml", "LICENSE")
 KEPT = {".py", ".sh", ".yaml", ".json", ".toml", ".txt", ".svg", ".md", ""}  # endings; no notebooks, no pictures
 UNPACK = '''\

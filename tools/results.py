@@ -181,7 +181,7 @@ def io_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['gpus']} × {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, "
         f"{r['date']}, files in memory (/dev/shm). Published weights: {r['published_fp16_gib']:.2f} GiB in fp16, "
-        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}.{provenance([r])}"
+        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}. {provenance([r])}"
     )
     return table(list(r["phases"].items()), columns, caption)
 
@@ -298,7 +298,7 @@ def stage_costs_table(folder: Path, name: str) -> str:
         f"One {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, {r['date']}. "
         f"{r['settings']['data.max_length']} tokens per row in {r['settings']['train.precision']}, a T4's attention "
         f"kernels, activation checkpointing {'on' if r['checkpointing'] else 'off'}; forward and backward. By "
-        f"operations the head weighs {r['computed_head_layers']:.1f} layers.{provenance([r])}"
+        f"operations the head weighs {r['computed_head_layers']:.1f} layers. {provenance([r])}"
     )
     return table(r["cases"], columns, caption)
 
