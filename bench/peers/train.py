@@ -136,6 +136,9 @@ def train(cfg: Config) -> None:
         model = models.load_model(cfg.model, cfg.seed)
         run.begin(model, device, dtype, 0, cfg.train.max_steps, None)
         blocks = datasets.Dataset.from_dict({"input_ids": rows.tokens.reshape(len(rows), -1)})
+        # One epoch of as many rows as are needed: each epoch ends with a smaller batch.
+        needed = cfg.train.max_steps * cfg.train.global_batch_size
+        blocks = blocks.select(i % len(rows) for i in range(needed))
         shared = {"model": model, "args": arguments, "train_dataset": blocks, "processing_class": tokenizer}
         trainer = SFTTrainer(**shared) if cfg.peer.trainer == "trl" else Trainer(**shared, data_collator=collate)
         trainer.add_callback(Recorder(run, cfg.train.global_batch_size * cfg.data.max_length))
