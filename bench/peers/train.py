@@ -1,4 +1,4 @@
-"""Other libraries' trainers on our rows, with our keys and our record: what the programs in bench/ measure next to ours.
+"""Other libraries' trainers on our rows, with our keys and our record: what bench/ measures next to ours.
 
 TRL's SFTTrainer or transformers' Trainer reads the same full blocks of tokens, in batches of the same size, and writes
 `metrics.jsonl` and `summary.json` as a train.py does. The figures of every step are logged, and so waited for, as ours
