@@ -510,8 +510,8 @@ def agreement_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
         f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are "
-        f"from the plain loop's, relative to how far it moved. With equally many targets per row, all are within 1e-5, but "
-        f"for DeepSpeed's PipelineModule (8e-3), which counts a tied weight twice in the gradient norm. "
+        f"from the plain loop's, relative to how far it moved. With equally many targets per row, all are within 1e-5, "
+        f"but for DeepSpeed's PipelineModule (8e-3), which counts a tied weight twice in the gradient norm. "
         f"{r['date']}, torch {r['environment']['versions']['torch']}. "
         f"{provenance([r])} Made by `python bench/agreement.py`."
     )
