@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 
+import launching
 import pytest
 from conftest import REPOSITORY
+from launching import finished_run, metrics
 
 from tools import results
 
@@ -64,3 +66,18 @@ def test_nothing_is_measured_with_local_changes_but_on_request(tmp_path):
     (tmp_path / "pytorch-ddp/train.py").write_text("")
     assert "commit them first, or add --dirty" in measure()
     assert "error: these cases need 2 GPUs" in measure("--dirty")
+
+
+@pytest.mark.slow
+def test_another_librarys_trainer_leaves_the_record_of_a_train_script(cases, tmp_path):
+    """As many tokens in each step as ours has, also where an epoch of the rows is shorter than the run."""
+    settings = ["data.max_length=64", "data.train_rows=16", "train.max_steps=15", "train.global_batch_size=8",
+                "train.micro_batch_size=2", "train.learning_rate=1e-4", "tracking.backend=none"]  # fmt: skip
+    launcher = [launching.PYTHON, "-m", "launchers.torchrun", "--standalone", "--nproc_per_node=2"]
+    peer = ["bench/peers/train.py", "peer.trainer=transformers", *settings, f"output_dir={tmp_path / 'peer'}"]
+    subprocess.run([*launcher, *peer], cwd=REPOSITORY, env=launching.environment(), check=True, capture_output=True)
+    ours = finished_run("pytorch-ddp", *settings, "data.format=text", "data.packing=wrapped", "eval.every=0")
+    steps, our_steps = metrics(tmp_path / "peer"), [step for step in metrics(ours) if "loss" in step]
+    assert [step["tokens"] for step in steps] == [step["tokens"] for step in our_steps] == [8 * 64] * 15
+    assert len(cases.windows(steps)) == 5
+    assert steps[0]["loss"] == pytest.approx(our_steps[0]["loss"], rel=0.02)
