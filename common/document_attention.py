@@ -1,0 +1,115 @@
+"""Attention that stays inside a document, for blocks of several (common/packing.py), on every kernel that SDPA has.
+
+One mask a batch, [batch, 1, length, length], is added to the attention's scores: 0 for a key of the same document that
+is not later, the smallest number for any other. Every kernel but flash attention takes it, on a T4 the memory-efficient
+one. transformers can find documents by itself where positions restart, but not in every version and family that is
+trained here, and one that does not attends across them without a word. So the mask is explicit, and `check_documents`
+compares, before training, what a small copy of the model makes of a block and of its documents alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.small_model import small_copies
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Settings of families that let a token attend to those near it only, as their masks ensure.
+WINDOWS = ("sliding_window", "attention_chunk_size")
+SMALL_WINDOW = 3
+TRIED = (1, 6, 2, 1, 9, 1)  # tokens of documents in a block
+
+
+def document_inputs(model: nn.Module, position_ids: Tensor | None) -> dict[str, Tensor]:
+    """What the forward of `model` takes besides the token ids. `position_ids` int64 [batch, length], from 0 in each
+    document; None if rows are not packed.
+
+    Without documents there is no mask: padding is on the right, where causal attention never looks, and without a mask
+    PyTorch may use its fast causal kernels.
+    """
+    if position_ids is None:
+        return {}
+    device, dtype = position_ids.device.type, model.get_input_embeddings().weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    inputs = {"attention_mask": document_mask(position_ids, dtype), "position_ids": position_ids}
+    # A family without positions would take them without complaint, or with a warning.
+    return {name: inputs[name] for name in inputs if name in inspect.signature(model.forward).parameters}
+
+
+def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores of attention, `dtype` [batch, 1, length, length], for queries × keys."""
+    batch, length = position_ids.shape
+    document = (position_ids == 0).cumsum(-1)
+    seen = (document[:, :, None] == document[:, None, :]).tril_()
+    # CUDA kernels want rows that begin at a multiple of 8, and would copy the mask in every layer.
+    rows = torch.zeros(batch, 1, length, -(-length // 8) * 8, dtype=dtype, device=position_ids.device)
+    return rows[..., :length].masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+
+
+def restart_alibi(model: nn.Module) -> None:
+    """Let BLOOM count its linear biases from each document's start; for a row that is not packed, nothing changes.
+
+    Counted from the block's start, they are the same up to a constant, which softmax ignores. But it may be hundreds,
+    and takes the last digits of the scores, in 16 bits most of them.
+    """
+    decoder = model.base_model
+    if not hasattr(type(decoder), "build_alibi_tensor"):
+        return
+
+    def build_alibi_tensor(attention_mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        build = functools.partial(type(decoder).build_alibi_tensor, decoder)
+        if attention_mask.dim() == 2:  # as in generation
+            return build(attention_mask, heads, dtype)
+        position = (attention_mask == 0).sum(-1) - 1  # [batch, 1, length]: as many keys of its document came before
+        alibi = build(torch.ones_like(position[:, 0]), heads, dtype)  # [batch × heads, 1, length]
+        return alibi.gather(-1, position.repeat_interleave(heads, 0))
+
+    decoder.build_alibi_tensor = build_alibi_tensor
+
+
+def check_documents(config: PretrainedConfig, max_length: int) -> None:
+    """Raise `UserError` unless a model of `config` computes of a block what it computes of each document alone.
+
+    A window of attention that is shorter than `max_length` must hold in documents as well.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in WINDOWS:
+            if isinstance(window := getattr(part, name, None), int) and window < max_length:
+                setattr(part, name, SMALL_WINDOW)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    problem: Any = None
+    for small in small_copies(model):
+        try:
+            problem = None if _documents_are_alone(small.eval()) else "it lets documents of a block see each other"
+            break
+        except Exception as error:  # a family that cannot be computed at this size, or takes no such mask
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if problem:
+        raise UserError(
+            f"data.packing=documents: a {type(model).__name__} cannot be trained on several documents in one block "
+            f"({problem}): set data.packing=none, or choose another model"
+        )
+
+
+@torch.no_grad()
+def _documents_are_alone(small: PreTrainedModel) -> bool:
+    restart_alibi(small)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, small.config.get_text_config().vocab_size, (1, sum(TRIED)), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in TRIED])[None]
+    packed = small(input_ids=ids, use_cache=False, **document_inputs(small, positions)).logits
+    alone = torch.cat([small(input_ids=part, use_cache=False).logits for part in ids.split(TRIED, dim=1)], dim=1)
+    return bool(alone.isfinite().all() and (packed - alone).norm() <= 1e-4 * alone.norm())
