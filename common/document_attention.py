@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from common.small_model import small_copies
@@ -79,37 +80,69 @@ def restart_alibi(model: nn.Module) -> None:
 def check_documents(config: PretrainedConfig, max_length: int) -> None:
     """Raise `UserError` unless a model of `config` computes of a block what it computes of each document alone.
 
-    A window of attention that is shorter than `max_length` must hold in documents as well.
+    Layers of every kind are tried. A window of attention that is shorter than `max_length` must hold in documents, too.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name in WINDOWS:
-            if isinstance(window := getattr(part, name, None), int) and window < max_length:
-                setattr(part, name, SMALL_WINDOW)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    problem: Any = None
-    for small in small_copies(model):
-        try:
-            problem = None if _documents_are_alone(small.eval()) else "it lets documents of a block see each other"
-            break
-        except Exception as error:  # a family that cannot be computed at this size, or takes no such mask
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if problem:
+    model, problem = _empty(config), None
+    untried = _classes(model)
+    for kind in dict.fromkeys(getattr(config.get_text_config(), "layer_types", None) or [None]):
+        tried, found = _try(config, kind, max_length)
+        problem, untried = problem or found, untried - tried
+    if problem or untried:
+        problem = problem or f"layers with {min(cls.__name__ for cls in untried)} come too late to be tried"
         raise UserError(
             f"data.packing=documents: a {type(model).__name__} cannot be trained on several documents in one block "
             f"({problem}): set data.packing=none, or choose another model"
         )
 
 
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _with_small_windows(config: PretrainedConfig, kind: str | None, max_length: int) -> PretrainedConfig:
+    """A copy of `config` with layers of one `kind` only, if they have kinds; windows that matter are small."""
+    config = copy.deepcopy(config)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in WINDOWS:
+            if isinstance(window := getattr(part, name, None), int) and window < max_length:
+                setattr(part, name, SMALL_WINDOW)
+        if kind and getattr(part, "layer_types", None):
+            part.layer_types = [kind] * len(part.layer_types)
+    return config
+
+
+def _try(config: PretrainedConfig, kind: str | None, max_length: int) -> tuple[set[type], str | None]:
+    """The classes in a small model with layers of one kind, and what is wrong with its documents; None if nothing is."""
+    problem = "it cannot be built small"
+    try:
+        model = _empty(_with_small_windows(config, kind, max_length))
+    except Exception:  # layers whose kinds cannot be chosen: a state runs through some of them
+        return set(), f"its layers of the kind {kind} cannot be tried alone"
+    for small in small_copies(model):
+        try:
+            alone = _documents_are_alone(small.eval())
+            return _classes(small), None if alone else "it lets documents of a block see each other"
+        except Exception as error:  # a family that cannot be computed at this size, or takes no such mask
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+    return set(), problem
+
+
+def _classes(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules()}
+
+
 @torch.no_grad()
 def _documents_are_alone(small: PreTrainedModel) -> bool:
     restart_alibi(small)
     generator = torch.Generator().manual_seed(0)
+    embeddings = {id(part.weight) for part in small.modules() if isinstance(part, nn.Embedding)}
+    for parameter in small.parameters():
+        if parameter.dim() >= 2 and id(parameter) not in embeddings:  # fresh ones hardly let a token see another
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     ids = torch.randint(1, small.config.get_text_config().vocab_size, (1, sum(TRIED)), generator=generator)
     positions = torch.cat([torch.arange(length) for length in TRIED])[None]
     packed = small(input_ids=ids, use_cache=False, **document_inputs(small, positions)).logits
+    joined = small(input_ids=ids, use_cache=False).logits  # each document attends to those before it
     alone = torch.cat([small(input_ids=part, use_cache=False).logits for part in ids.split(TRIED, dim=1)], dim=1)
-    return bool(alone.isfinite().all() and (packed - alone).norm() <= 1e-4 * alone.norm())
+    return bool((packed - alone).norm() <= 1e-2 * (joined - alone).norm())

@@ -1,12 +1,17 @@
 """`data.packing=documents`: a block's loss, gradients and logits are those of its documents, each by itself."""
 
+import functools
+import json
+
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, refused
+from conftest import FAMILIES, REPOSITORY, refused
 from families import tiny_config
+from launching import EQUAL, assert_close, error_line, losses, run
 
+from bench import plain_loop
 from common import data, evaluation, models
 from common.config import BaseConfig, DataConfig, ModelConfig, TrainConfig
 from common.document_attention import check_documents, document_inputs, document_mask
@@ -239,3 +244,60 @@ def test_the_check_is_made_where_a_run_reads_its_model(tmp_path):
     with refused("data.packing=documents", "Mamba"):
         models.load_model_config(ModelConfig(str(tmp_path)), DataConfig(packing="documents"))
     models.load_model_config(ModelConfig(str(tmp_path)), DataConfig(packing="none"))
+
+
+# --- the projects, by their launchers -------------------------------------------------------------------------------
+
+# Eight steps of 16 blocks, about 60 documents each, with a family of every kind of positions.
+PACKED = [*EQUAL, "data.packing=documents", "train.max_steps=8", "data.train_rows=600"]
+RELATIVE = {"pytorch-ddp": 1e-5, "pytorch-fsdp": 1e-5, "ray-tune": 1e-5}  # DeepSpeed: 1e-4
+
+
+@pytest.fixture(scope="module")
+def unpacked():
+    """(loss, gradient norm) by step of a plain loop over the documents of each step, each a row by itself."""
+
+    @functools.cache
+    def of(model: str) -> list[tuple[float, float]]:
+        options = [*PACKED, f"model.name={model}", "train.micro_batch_size=16"]
+        record = plain_loop.train(REPOSITORY / "pytorch-ddp/smoke.yaml", options)
+        return [*zip(record["losses"], record["grad_norms"], strict=True)]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("project", "model", "processes", "options"),
+    [
+        ("pytorch-ddp", "tiny:qwen2", 2, []),
+        ("pytorch-ddp", "tiny:bloom", 1, ["train.activation_checkpointing=true"]),
+        ("pytorch-fsdp", "tiny:opt", 2, []),
+        ("deepspeed-offload", "tiny:llama", 2, []),
+        ("deepspeed-pipeline", "tiny:llama", 3, ["train.activation_checkpointing=true"]),
+        ("deepspeed-pipeline", "tiny:qwen2", 2, []),
+        ("ray-train", "tiny:bloom", 2, []),
+        ("ray-tune", "tiny:qwen2", 1, ["search.trials=1", "train.micro_batch_size=4"]),
+    ],
+)
+def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
+    unpacked, tmp_path, project, model, processes, options
+):
+    variables = {"NUM_WORKERS": str(processes)} if project == "ray-train" else {}
+    run(project, *PACKED, f"model.name={model}", *options, f"output_dir={tmp_path}", processes=processes, **variables)
+    folder = tmp_path / "trials/trial-000" if project == "ray-tune" else tmp_path
+    print(project, [max(abs(a[i] - b[i]) / b[i] for a, b in zip(losses(folder), unpacked(model))) for i in (0, 1)])
+    assert_close(losses(folder), unpacked(model), RELATIVE.get(project, 1e-4))
+
+
+@pytest.mark.slow
+def test_a_packed_run_that_was_killed_resumes_with_its_blocks(tmp_path):
+    settings = [*PACKED, "checkpoint.every=3"]
+    run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'whole'}")
+    run("pytorch-ddp", *settings, "runtime.max_hours=0.00001", f"output_dir={tmp_path / 'stopped'}")
+    run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'stopped'}", processes=1)
+    assert_close(losses(tmp_path / "stopped"), losses(tmp_path / "whole"), 1e-5)
+    before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped"))
+    assert before["rows"] == after["rows"] and before["rows"]["training"]["blocks"]
+    with_another = run("pytorch-ddp", *settings, "data.packing=none", f"output_dir={tmp_path / 'whole'}", exit_code=2)
+    assert "data.packing" in error_line(with_another)
