@@ -113,7 +113,7 @@ def _with_small_windows(config: PretrainedConfig, kind: str | None, max_length: 
 
 
 def _try(config: PretrainedConfig, kind: str | None, max_length: int) -> tuple[set[type], str | None]:
-    """The classes in a small model with layers of one kind, and what is wrong with its documents; None if nothing is."""
+    """The classes in a small model with layers of one kind, and what is wrong with its documents, or None."""
     problem = "it cannot be built small"
     try:
         model = _empty(_with_small_windows(config, kind, max_length))

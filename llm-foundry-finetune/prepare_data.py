@@ -50,8 +50,8 @@ def check_data_settings(cfg: BaseConfig) -> None:
         )
     if cfg.data.packing != "none":
         raise UserError(
-            f"data.packing={cfg.data.packing}: LLM Foundry packs whole rows into a sequence, and does not cut them "
-            f"into blocks: set data.packing=none, and foundry.packing_ratio to the rows per sequence"
+            f"data.packing={cfg.data.packing}: LLM Foundry packs whole rows by itself, and lets each attend to "
+            f"those before it: set data.packing=none, and foundry.packing_ratio to the rows per sequence"
         )
 
 

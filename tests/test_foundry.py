@@ -403,6 +403,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
         "too small": (["foundry.packing_ratio=0.5"], ["foundry.packing_ratio=0.5"]),
         "format": (["data.format=text"], ["data.format=text", "prompt-response", "pytorch-fsdp"]),
         "packing": (["data.packing=wrapped"], ["data.packing=wrapped", "foundry.packing_ratio"]),
+        "packed documents": (["data.packing=documents"], ["data.packing=documents", "foundry.packing_ratio"]),
         "precision": (["train.precision=bf16"], ["train.precision=bf16", "auto"]),
         "compile": (["train.compile=true"], ["train.compile=true", "false"]),
         "global batch": (["train.global_batch_size=18"], ["train.global_batch_size=18", "16 or 20"]),

@@ -250,7 +250,6 @@ def test_the_check_is_made_where_a_run_reads_its_model(tmp_path):
 
 # Eight steps of 16 blocks, about 60 documents each, with a family of every kind of positions.
 PACKED = [*EQUAL, "data.packing=documents", "train.max_steps=8", "data.train_rows=600"]
-RELATIVE = {"pytorch-ddp": 1e-5, "pytorch-fsdp": 1e-5, "ray-tune": 1e-5}  # DeepSpeed: 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +276,17 @@ def unpacked():
         ("deepspeed-pipeline", "tiny:llama", 3, ["train.activation_checkpointing=true"]),
         ("deepspeed-pipeline", "tiny:qwen2", 2, []),
         ("ray-train", "tiny:bloom", 2, []),
-        ("ray-tune", "tiny:qwen2", 1, ["search.trials=1", "train.micro_batch_size=4"]),
+        (
+            "ray-tune",
+            "tiny:qwen2",
+            1,
+            [
+                "search.trials=1",
+                "search.scheduler=none",
+                "search.space.warmup_steps.choice=[0,5]",
+                "train.global_batch_size=16",
+            ],
+        ),
     ],
 )
 def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
@@ -286,8 +295,11 @@ def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
     variables = {"NUM_WORKERS": str(processes)} if project == "ray-train" else {}
     run(project, *PACKED, f"model.name={model}", *options, f"output_dir={tmp_path}", processes=processes, **variables)
     folder = tmp_path / "trials/trial-000" if project == "ray-tune" else tmp_path
-    print(project, [max(abs(a[i] - b[i]) / b[i] for a, b in zip(losses(folder), unpacked(model))) for i in (0, 1)])
-    assert_close(losses(folder), unpacked(model), RELATIVE.get(project, 1e-4))
+    ours, theirs = losses(folder), unpacked(model)
+    relative = 1e-4 if project.startswith("deepspeed") or project == "ray-train" else 1e-5
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=relative)
+    # In fp64 all gradients agree to 1e-12. In fp32 AdamW makes full steps of those that are rounding errors only.
+    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-4)
 
 
 @pytest.mark.slow
