@@ -10,6 +10,7 @@ import torch
 from conftest import FAMILIES, REPOSITORY, refused
 from families import tiny_config
 from launching import EQUAL, assert_close, error_line, losses, run
+from transformers import AutoConfig
 
 from bench import plain_loop
 from common import data, evaluation, models
@@ -239,6 +240,26 @@ def test_a_family_that_cannot_is_refused_before_the_training(family, max_length,
             check_documents(config, max_length)
 
 
+@pytest.mark.parametrize(
+    ("family", "kinds", "window"),
+    [
+        ("lfm2", ["full_attention"] * 3 + ["conv"] * 3, {}),  # a convolution over the tokens before
+        ("qwen2", None, {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}),
+    ],
+)
+def test_a_layer_after_the_first_ones_is_tried_too(family, kinds, window):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    options = {
+        **small,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        **window,
+        **({"layer_types": kinds} if kinds else {}),
+    }
+    with refused("data.packing=documents", "see each other"):
+        check_documents(AutoConfig.for_model(family, **options), 64)
+
+
 def test_the_check_is_made_where_a_run_reads_its_model(tmp_path):
     tiny_config("mamba").save_pretrained(tmp_path)
     with refused("data.packing=documents", "Mamba"):
@@ -303,13 +324,14 @@ def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
 
 
 @pytest.mark.slow
-def test_a_packed_run_that_was_killed_resumes_with_its_blocks(tmp_path):
+def test_a_packed_run_that_was_stopped_resumes_with_its_blocks(tmp_path):
     settings = [*PACKED, "checkpoint.every=3"]
     run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'whole'}")
     run("pytorch-ddp", *settings, "runtime.max_hours=0.00001", f"output_dir={tmp_path / 'stopped'}")
+    assert 0 < len(losses(tmp_path / "stopped")) < 8
     run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'stopped'}", processes=1)
     assert_close(losses(tmp_path / "stopped"), losses(tmp_path / "whole"), 1e-5)
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped"))
-    assert before["rows"] == after["rows"] and before["rows"]["training"]["blocks"]
+    assert before["data"] == after["data"] and before["data"]["training"]["blocks"]
     with_another = run("pytorch-ddp", *settings, "data.packing=none", f"output_dir={tmp_path / 'whole'}", exit_code=2)
     assert "data.packing" in error_line(with_another)
