@@ -96,8 +96,9 @@ def check_documents(config: PretrainedConfig, max_length: int) -> None:
 
 
 def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]  # imported here: on `meta`, torch 2.7 cannot
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return model_class._from_config(config)
 
 
 def _with_small_windows(config: PretrainedConfig, kind: str | None, max_length: int) -> PretrainedConfig:
