@@ -94,8 +94,8 @@ notebooks: .venv/ready ## write the .ipynb from their .py; REVISION=v1 pins the 
 	@$(RUN) python -m tools.notebook_files $(REVISION)
 
 .PHONY: kaggle
-kaggle: .venv/ready ## notebooks that carry their code, for Kaggle's import; PROJECT=pytorch-ddp KAGGLE_USER=you
-	@$(RUN) python -m tools.kaggle $(PROJECT) $(if $(KAGGLE_USER),--user $(KAGGLE_USER))
+kaggle: ## notebooks that carry their code, for Kaggle's import; PROJECT=pytorch-ddp KAGGLE_USER=you
+	@$(PYTHON) -m tools.kaggle $(PROJECT) $(if $(KAGGLE_USER),--user $(KAGGLE_USER))
 
 .PHONY: kaggle-push
 kaggle-push: kaggle ## push the trainings with Kaggle's own client (pip install kaggle), then KIND=eval; PROJECT=… KAGGLE_USER=…
@@ -103,18 +103,23 @@ kaggle-push: kaggle ## push the trainings with Kaggle's own client (pip install 
 	for folder in build/kaggle/$(or $(PROJECT),*)-$(or $(KIND),train)/; do kaggle kernels push -p "$$folder"; done
 	echo "The client cannot attach secrets: add HF_TOKEN under Add-ons, Secrets in Kaggle's editor if a notebook needs it"
 
-# The embedded runs, as without a GPU. Those of deepspeed-offload's notebooks are about one.
+# On GPUs with a real model, else the embedded runs. deepspeed-offload's notebooks are about one GPU.
 .PHONY: record-notebooks
-record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks' embedded runs and keep what they show
-	@$(RUN) for folder in */notebooks; do
-	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=2
-	  python -m tools.notebook_record $$folder/train.py --config smoke.yaml checkpoint.resume=never
-	  python -m tools.notebook_record $$folder/eval.py --config smoke.yaml
+record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks on this machine and keep what they show
+	@$(RUN) config=smoke.yaml
+	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then config=$$PWD/bench/tasks/pydoc.yaml; fi
+	for folder in */notebooks; do
+	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=$$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+	  python -m tools.notebook_record $$folder/train.py --config $$config checkpoint.resume=never
+	  python -m tools.notebook_record $$folder/eval.py --config $$config
 	done
 
 .PHONY: bench
-bench: .venv/ready .venv-foundry/ready ## measure the projects on this machine's GPUs; records go to results/
-	@$(RUN) for project in ddp fsdp offload pipeline foundry ray_train ray_tune; do python bench/$$project.py; done
+bench: .venv/ready .venv-foundry/ready ## measure on this machine's GPUs, from a clean commit; PROJECT=pytorch-fsdp OPTIONS='--only speed'
+	@$(RUN) export PYTHONPATH=.
+	declare -A programs=([pytorch-ddp]=ddp [pytorch-fsdp]=fsdp [deepspeed-offload]=offload [deepspeed-pipeline]=pipeline
+	  [llm-foundry-finetune]=foundry [ray-train]=ray_train [ray-tune]=ray_tune)
+	for project in $(or $(PROJECT),"$${!programs[@]}"); do python bench/$${programs[$$project]}.py $(OPTIONS); done
 
 .PHONY: seven
 seven: .venv/ready .venv-foundry/ready ## one small task through all seven projects, and a report; minutes on two CPU cores

@@ -24,9 +24,13 @@ from pathlib import Path
 import torch
 from shares import multi_process_service, ray_nodes, service_log, share_of_node
 
+from common import runtime
 from common.report import read_json, read_metrics
+from common.run_folder import WARM_UP_STEPS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+WINDOWS = 5  # that the steps after the warm-up are divided into; a speed is their median
 
 
 @dataclass
@@ -58,6 +62,14 @@ def start_command(case: Case) -> tuple[list[str], list[str]]:
         "composer": ([foundry, "llm-foundry-finetune/composer_launcher.py", "-n", count], ["composer", "-n", count]),
         "python": (python, ["python"]),  # which starts processes by itself
     }[case.launcher]
+
+
+def windows(steps: list[dict]) -> list[float]:
+    """Tokens per second in each of WINDOWS stretches of equally many steps, after the warm-up; none of a short run."""
+    steady = [step for step in steps if "loss" in step][WARM_UP_STEPS:]
+    size = len(steady) // WINDOWS
+    parts = [steady[start : start + size] for start in range(0, size * WINDOWS, size)] if size else []
+    return [round(sum(s["tokens"] for s in part) / sum(s["step_seconds"] for s in part), 1) for part in parts]
 
 
 def run_case(project: str, name: str, case: Case, common_settings: list[str], shares: int, log: Path) -> dict:
@@ -112,6 +124,7 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
         "settings": dict(s.split("=", 1) for s in case.settings),
         "gpus": case.gpus,
         "summary": summary,
+        "windows": windows(steps),
         "first_steps": steps[:6],
         "last_steps": [step for step in steps if "loss" in step][-1:],
         "environment": machine,
@@ -150,9 +163,15 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
         "--turns", action="store_true", help="with --shares: the processes take turns on all of the GPU"
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="after the settings of every case")
+    parser.add_argument("--dirty", action="store_true", help="measure with local changes; the tables then say so")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / project)
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what each case prints, in NAME.log there")
     arguments = parser.parse_args()
+    commit = runtime.git_commit() or "with local changes: no Git"
+    if "with local changes" in commit and not arguments.dirty:
+        sys.exit(
+            "error: tracked files differ from the commit, which a record must name: commit them first, or add --dirty"
+        )
 
     beginnings = tuple(name for name in arguments.only if name not in cases)
     chosen = {
@@ -171,6 +190,10 @@ def measure(project: str, cases: dict[str, Case], doc: str, more: Callable[[dict
     if arguments.text:
         settings.append(f"data.name={arguments.text}")
     source = {
+        # As it was typed, without this machine's folders.
+        "measured_by": shlex.join(
+            ["python", f"bench/{Path(sys.argv[0]).name}", *(re.sub(r"^/.*/", "", a) for a in sys.argv[1:])]
+        ),
         "weights": "random, of the published shapes" if arguments.model else "the published ones",
         "text": arguments.text_is if arguments.text else "the dataset of config.yaml",
     }

@@ -7,7 +7,7 @@ python bench/ddp.py --only memory speed-2gpu            # cases whose names begi
 
 from cases import Case, measure
 
-SPEED = ["data.max_length=1024", "train.global_batch_size=256", "train.micro_batch_size=64", "train.max_steps=12",
+SPEED = ["data.max_length=1024", "train.global_batch_size=256", "train.micro_batch_size=64", "train.max_steps=20",
          "train.precision=bf16", "train.compile=true", "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip
 T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "data.max_length=512", "train.global_batch_size=32",
       "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip

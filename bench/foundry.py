@@ -14,7 +14,7 @@ from functools import partial
 from cases import Case, measure
 
 ROWS = 6  # packed into a sequence of 1,024 tokens, on average: GSM8K's rows have about 156
-COMMON = ["data.max_length=1024", "data.eval_rows=64", "data.train_rows=0", "train.max_steps=12",
+COMMON = ["data.max_length=1024", "data.eval_rows=64", "data.train_rows=0", "train.max_steps=20",
           "train.activation_checkpointing=true"]  # fmt: skip
 if "--text" in sys.argv:  # config.yaml's columns are Dolly's
     COMMON += ["data.prompt_column=prompt", "data.response_column=response", "data.prompt_template={prompt}\n"]

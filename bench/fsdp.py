@@ -14,7 +14,7 @@ LAYERS, WIDTH, FFN, VOCABULARY = 24, 2048, 8192, 50272
 PARAMETERS, ROOT_PARAMETERS = 1_315_758_080, 107_159_552  # the root's group: embeddings and the last norm
 
 COMMON = ["data.max_length=1024", "data.eval_rows=64", "data.train_rows=0"]
-SPEED = [*COMMON, "train.global_batch_size=128", "train.micro_batch_size=32", "train.max_steps=12",
+SPEED = [*COMMON, "train.global_batch_size=128", "train.micro_batch_size=32", "train.max_steps=20",
          "train.precision=bf16", "train.compile=true", "train.activation_checkpointing=false"]  # fmt: skip
 T4 = [*COMMON, "train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.global_batch_size=16",
       "train.max_steps=12"]  # fmt: skip

@@ -13,7 +13,7 @@ from functools import partial
 from cases import Case, measure
 
 T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.activation_checkpointing=true",
-      "train.max_steps=12", "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip
+      "train.max_steps=20", "data.eval_rows=64", "data.train_rows=0"]  # fmt: skip
 
 
 def settings(length: int, micro: int, batch: int = 0) -> list[str]:

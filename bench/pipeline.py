@@ -14,7 +14,7 @@ from functools import partial
 
 from cases import Case, measure
 
-T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.max_steps=12", "data.eval_rows=64",
+T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.max_steps=20", "data.eval_rows=64",
       "data.train_rows=0", "data.max_length=512"]  # fmt: skip
 # Twice config.yaml's: even an eighth of an H200 is quicker than a T4, and what the stages exchange takes as long.
 ROWS = 4

@@ -7,14 +7,16 @@ renderings show: the assistant writes what follows the generation prompt, up to 
 from __future__ import annotations
 
 import datetime
+import functools
 import re
 from typing import Any
 
 from common.errors import UserError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-# Not transformers' clock: tomorrow's tokens would differ from today's.
-CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
+MONTHS: tuple[str, ...] = ("January", "February", "March", "April", "May", "June", "July")
+MONTHS += ("August", "September", "October", "November", "December")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 def assistant_spans(tokenizer, messages: list[dict[str, Any]], today: str) -> tuple[str, list[tuple[int, int]], bool]:
@@ -95,8 +97,26 @@ def _template(tokenizer, today: str) -> str:
         raise UserError(
             f"data.format=messages: the chat template of model.name: {str(error).splitlines()[0]}"
         ) from error
+    return _clock(today) + template if "strftime_now" in template else template
+
+
+@functools.cache
+def _clock(today: str) -> str:
+    """A macro that hides transformers' `strftime_now`: the same text on each day, in each time zone and language."""
     day = datetime.date.fromisoformat(today)
-    return CLOCK.sub(lambda call: f"'{day.strftime(call[1][1:-1])}'", template)
+    month, weekday = MONTHS[day.month - 1], DAYS[day.weekday()]
+    values = {
+        **{"-d": f"{day.day}", "-m": f"{day.month}", "-y": f"{day.year % 100}", "-j": f"{day:%j}".lstrip("0")},
+        **{"-H": "0", "-I": "12", "-M": "0", "-S": "0"},
+        **{"d": f"{day.day:02}", "m": f"{day.month:02}", "Y": f"{day.year:04}", "y": f"{day.year % 100:02}"},
+        **{"B": month, "b": month[:3], "h": month[:3], "A": weekday, "a": weekday[:3], "j": f"{day:%j}"},
+        **{"H": "00", "I": "12", "M": "00", "S": "00", "f": "000000", "p": "AM", "Z": "UTC", "z": "+0000"},
+        **{"w": f"{day.isoweekday() % 7}", "u": f"{day.isoweekday()}", "e": f"{day.day:2}"},
+        **{"F": today, "T": "00:00:00", "R": "00:00", "X": "00:00:00", "D": f"{day:%m/%d/%y}", "x": f"{day:%m/%d/%y}"},
+        **{"c": f"{weekday[:3]} {month[:3]} {day.day:2} 00:00:00 {day.year}"},
+    }
+    filters = "".join(f"|replace('%{directive}', '{value}')" for directive, value in values.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
 
 
 def _render(tokenizer, messages: list[dict], template: str, add_generation_prompt: bool = False) -> str:

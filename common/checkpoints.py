@@ -54,7 +54,7 @@ class Checkpoints:
         return self.root / f".writing-{step:08d}"
 
     def folder(self, step: int) -> Path:
-        """Where it lies once it is committed."""
+        """The folder of the committed checkpoint."""
         return self.root / f"step-{step:08d}"
 
     def begin(self, step: int) -> None:

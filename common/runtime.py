@@ -231,17 +231,26 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "world_size": world_size,
         "precision": precision,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit, followed by "with local changes" if tracked files differ from it; None without Git.
+
+    `results/` does not count: measuring fills it.
+    """
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
         commit = git("rev-parse", "HEAD")
-        return f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or None
+        return (
+            f"{commit} with local changes"
+            if commit and git("diff", "--name-only", "HEAD", "--", ".", ":!results")
+            else commit or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -2,7 +2,7 @@
 # `share`, what stands before the script if GPU_SHARES processes share a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-whole_number() { # NAME what it is: ends if that variable is set to anything but a number from 1 to 99
+whole_number() { # NAME DESCRIPTION: exits with an error if the variable NAME is set, but not to a number from 1 to 99
     if [[ -n ${!1:-} && ! ${!1} =~ ^[1-9][0-9]?$ ]]; then
         echo "error: $1=${!1}: set it to $2, such as 2" >&2
         exit 2

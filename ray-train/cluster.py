@@ -29,6 +29,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each line of a worker once
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a controller without GPUs: no warning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # by default 2: the wait for the next report, and at the end
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "45",  # GPUs that another job holds: an error, not an endless wait
 }
 

@@ -25,6 +25,8 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
         session = Path(tempfile.mkdtemp(prefix="tests-", dir="/tmp"))  # a socket's path must be short
         os.environ["TEST_SESSION"] = str(session)
+        # As for the processes that tests start: threads of three workers on two cores wait for one another.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         warm_python.make_bin(session / "warm/main", Path(sys.executable))
         warm_python.make_bin(session / "warm/foundry", REPOSITORY / ".venv-foundry/bin/python")
 
@@ -46,7 +48,7 @@ def pytest_unconfigure(config):
 
 
 def _started_here() -> dict[int, psutil.Process]:
-    """The running processes of this test session: launchers, ranks, Ray; without pytest's own and the zygotes."""
+    """The running processes of this test session: launchers, ranks, Ray; without pytest's own and zygotes' forks."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = {}
     for process in psutil.process_iter():
@@ -54,9 +56,16 @@ def _started_here() -> dict[int, psutil.Process]:
             is_ours = process.environ().get("TEST_SESSION") == os.environ["TEST_SESSION"]
             in_worker = process.environ().get("PYTEST_XDIST_WORKER") == os.environ.get("PYTEST_XDIST_WORKER")
             ended = process.status() == psutil.STATUS_ZOMBIE
-            if is_ours and in_worker and not ended and process.pid not in own and "--zygote" not in process.cmdline():
+            if is_ours and in_worker and not ended and process.pid not in own and not _forked(process):
                 found[process.pid] = process
     return found
+
+
+def _forked(process: psutil.Process) -> bool:
+    """A zygote, or a process forked from one: that ends with its client, which is found. Ray renames its workers."""
+    words = process.cmdline()
+    renamed = words[:1] and words[0].startswith("ray::") and process.parent()
+    return "--zygote" in (renamed.cmdline() if renamed else words)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from common.small_model import randomize
 SMALL = {
     32: ("hidden_size", "d_model", "n_embd", "n_embed", "word_embed_proj_dim", "embedding_size"),
     2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-        "num_key_value_heads"),
+        "num_key_value_heads", "linear_num_heads", "linear_num_key_heads", "linear_num_value_heads"),
     4: ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"),
-    8: ("head_dim",),
+    8: ("head_dim", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"),
     16: ("moe_intermediate_size", "chunk_size", "mamba_chunk_size", "mamba_d_ssm", "mamba_d_state", "mamba_d_head"),
     64: ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "vocab_size", "max_position_embeddings",
          "n_positions"),

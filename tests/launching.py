@@ -73,7 +73,12 @@ def assert_close(ours, theirs, relative):
 SESSION = Path(os.environ["TEST_SESSION"])  # what the processes of one test session share; made by conftest.py
 PYTHON = str(SESSION / "warm/main/bin/python")
 FOUNDRY = "llm-foundry-finetune"
-UNDER_RAY = ("ray-train", "ray-tune")  # always the real interpreter: see warm_python.py
+UNDER_RAY = ("ray-train", "ray-tune")
+# Ray's own processes are the real interpreter's, its workers the stand-in's: see warm_python.py.
+WARM_RAY = {
+    "WARM_EXECUTABLE": sys.executable,
+    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": PYTHON}}),
+}
 
 
 def environment(*, cold: bool = False, **variables: str) -> dict[str, str]:
@@ -114,7 +119,8 @@ def start(
     project: str, *settings: str, processes: int = 2, config: str = "smoke.yaml", cold: bool = False, **variables: str
 ):
     """The running process; its output is merged."""
-    cold = cold or project in UNDER_RAY
+    if project in UNDER_RAY and not cold:
+        variables = WARM_RAY | variables
     if project == FOUNDRY and not cold:  # as launch.sh sets them
         own = SESSION / "warm/foundry/bin"
         variables = {"PYTHONWARNINGS": "ignore", "VIRTUAL_ENV": str(REPOSITORY / ".venv-foundry"),

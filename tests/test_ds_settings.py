@@ -7,10 +7,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from conftest import refused
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from launching import project_modules
 
-from common.ds_settings import restore_scaler, scaler_state
+from common.ds_settings import restore_scaler, scaler_state, without_mlflow
 
 PROJECTS = {  # with what their JSON must hold
     "deepspeed-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
@@ -21,6 +20,8 @@ PROJECTS = {  # with what their JSON must hold
 
 def scaler_of(dtype: torch.dtype):
     """DeepSpeed's own, as its optimizers make it."""
+    with without_mlflow():  # here: each worker of the tests imports this file
+        from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
     dynamic = {"init_scale": 2.0**16, "scale_window": 2, "min_scale": 1, "delayed_shift": 2}
     return CreateLossScaler(dtype, 0, True, dynamic | {"consecutive_hysteresis": False})
 

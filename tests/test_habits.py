@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from tools.notebook_files import origin
+from tools.kaggle import origin
 
 GITHUB = REPOSITORY / ".github"
 MAKEFILE = (REPOSITORY / "Makefile").read_text()

@@ -31,6 +31,7 @@ cfg.hub.repo_id = sys.argv[1]
 folder = Path(sys.argv[2])
 print("returned", push_to_hub(cfg, folder.parent, folder, path_in_repo=sys.argv[3]))
 """
+IMPATIENT_PUSH = "import common.hub; common.hub.BACKOFF_SECONDS = 0.1\n" + PUSH
 CHECK = """
 import sys
 from common.config import BaseConfig
@@ -136,17 +137,17 @@ def test_push_into_a_folder_of_an_existing_repository(hub: HubServer, model: Pat
 
 
 def test_push_retries_what_is_temporary_and_waits_as_long_as_the_server_asks(hub: HubServer, model: Path):
-    hub.fault(429, path_contains="/repos/create", retry_after=3)
-    done, seconds = run(hub, PUSH, "alice/tuned", model, "", token=WRITE)
+    hub.fault(429, path_contains="/repos/create", retry_after=1)
+    done, seconds = run(hub, IMPATIENT_PUSH, "alice/tuned", model, "", token=WRITE)
     assert f"returned {hub.url}/alice/tuned" in done.stdout
-    assert seconds > 3
+    assert seconds > 1
     assert "model.safetensors" in contents(hub.root / "models/alice/tuned")
 
 
 @pytest.mark.parametrize("kind", [500, 503, "drop"])
 def test_push_retries_a_failed_commit(hub: HubServer, model: Path, kind: int | str):
     hub.fault(kind, path_contains="/commit/")
-    done, _ = run(hub, PUSH, "alice/tuned", model, "", token=WRITE)
+    done, _ = run(hub, IMPATIENT_PUSH, "alice/tuned", model, "", token=WRITE)
     assert f"returned {hub.url}/alice/tuned" in done.stdout
     assert commits(hub)[-1] == 200
     assert len(commits(hub)) == 2
@@ -183,8 +184,7 @@ def test_push_without_the_right_is_reported_once_with_the_command_that_repeats_i
 
 def test_push_gives_up_on_a_hub_that_stays_away(hub: HubServer, model: Path):
     hub.fault(503, path_contains="/repos/create", times=100)
-    code = "import common.hub; common.hub.BACKOFF_SECONDS = 0.1\n" + PUSH
-    done, _ = run(hub, code, "alice/tuned", model, "", token=WRITE)
+    done, _ = run(hub, IMPATIENT_PUSH, "alice/tuned", model, "", token=WRITE)
     assert "returned None" in done.stdout
     assert "warning: " in done.stderr and " upload alice/tuned " in done.stderr
     assert "(3 of 4)" in done.stderr and "(4 of 4)" not in done.stderr

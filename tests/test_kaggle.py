@@ -110,3 +110,16 @@ def test_without_any_code_one_line_says_the_three_ways_out(packed, tmp_path):
 def test_an_unknown_project_is_refused(tmp_path):
     with refused("pytorch-dpd", "pytorch-ddp"):
         kaggle.write(REPOSITORY, tmp_path, ["pytorch-dpd"], "somebody")
+
+
+def test_a_clone_and_python_are_all_that_is_needed(tmp_path):
+    """As `make kaggle` calls it, without any installed package."""
+    command = [sys.executable, "-S", "-m", "tools.kaggle", "ray-tune", "--user", "somebody", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in ("train", "eval"):
+        read = nbformat.read(tmp_path / f"ray-tune-{kind}/ray-tune-{kind}.ipynb", 4)
+        nbformat.validate(read)
+        assert json.loads((tmp_path / f"ray-tune-{kind}/kernel-metadata.json").read_text())["id"].startswith(
+            "somebody/"
+        )

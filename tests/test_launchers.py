@@ -444,6 +444,7 @@ def bare_python(tmp_path_factory) -> Path:
     return python
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_by_a_python_without_ensurepip(bare_python, tmp_path):
     make = [REPOSITORY / "launchers/new_environment.sh", bare_python]
     wheels = next((Path(importlib.import_module("ensurepip").__file__).parent / "_bundled").glob("pip-*.whl"))
@@ -468,6 +469,7 @@ def wheel(folder: Path, version: str) -> None:
         file.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_torch_comes_from_the_cpu_index_if_that_answers(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

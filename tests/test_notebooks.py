@@ -1,6 +1,7 @@
 """The notebooks, executed from top to bottom with the real names against a Hub on this machine; and what they call."""
 
 import ast
+import datetime
 import html
 import io
 import json
@@ -75,7 +76,7 @@ def test_the_files_are_those_of_their_sources(tmp_path):
         notebook_files.update(tmp_path, check=True)
     notebook_files.update(tmp_path, check=False)
     assert json.loads(metadata.read_text())["id"] == "account/pytorch-ddp-train"
-    address = notebook_files.origin(tmp_path)[0]
+    address = kaggle.origin(tmp_path)[0]
     assert (tmp_path / "CITATION.cff").read_text() == f'repository-code: "{address}"\n'
     assert address == "https://github.com/somebody/multi-gpu-fine-tuning"
 
@@ -260,7 +261,16 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
     clone = tmp_path / "multi-gpu-fine-tuning"
     assert json.loads((clone / "runs/pytorch-ddp/summary.json").read_text())["status"] == "completed"
     recorded = nbformat.read(path.with_suffix(".ipynb"), 4)
-    assert [cell.source for cell in recorded.cells] == [cell.source for cell in jupytext.read(path).cells]
+    title, *sources = (cell.source for cell in recorded.cells)
+    written, *others = (cell.source for cell in jupytext.read(path).cells)
+    assert sources == others
+    heading, _, line, *rest = title.split("\n")
+    assert "\n".join([heading, *rest]) == written
+    commit = json.loads((clone / "runs/pytorch-ddp/environment.json").read_text())["git_commit"][:10]
+    assert (
+        line.startswith("*Outputs: `tiny:qwen2` (random weights) on `pydoc`, fp32; ") and "2 CPU processes" in line
+    ), line
+    assert str(datetime.date.today()) in line and f"code of {commit}" in line
     assert "--config config.yaml" in shown(recorded) and "train.max_steps=2" in shown(recorded)
     assert "image/png" in shown(recorded) and f"in {clone}/runs/pytorch-ddp" in shown(recorded)
     assert all(cell.outputs for cell in recorded.cells if cell.cell_type == "code")

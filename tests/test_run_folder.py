@@ -206,10 +206,11 @@ def fill(at):
                         while file.write(bytes(size)): pass
     return before
 
-found = {}
+found, run, begun = {}, disk / "run", f"{disk}-begun"
+train(run, model, 2)
+shutil.move(run, begun)
 for moment in sys.argv[2:]:
-    run = disk / "run"
-    train(run, model, 2)
+    shutil.copytree(begun, run)
     error = None
     try:
         train(run, model, 4, before=fill(moment))

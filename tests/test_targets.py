@@ -265,7 +265,10 @@ def test_a_template_sees_the_day_of_the_settings_in_any_locale_and_time_zone(mon
     from datetime import datetime
 
     formats = "%d %b %Y|%-d %B %y|%A %a %j|%Y-%m-%d %H:%M:%S|%F %p %e|%d/%m"
-    template = "{% for m in messages %}{{ strftime_now('" + formats + "') }}{{ m.content }}{% endfor %}"
+    # A variable, not a literal: what the template hands over is known when it runs.
+    template = (
+        "{% set form = '" + formats + "' %}{% for m in messages %}{{ strftime_now(form) }}{{ m.content }}{% endfor %}"
+    )
     messages = [{"role": "assistant", "content": "!"}]
     for day in ("2024-07-26", "2031-01-05"):
         expected = datetime.fromisoformat(day).strftime(formats)

@@ -35,10 +35,11 @@ from common import data, models
 from common.config import load_config
 
 PROJECT = "ray-tune"
-# smoke.yaml with fewer trials and a fifth of its steps. Which trials are stopped, and what that saves, depends on the
-# seed alone.
+# smoke.yaml with fewer trials, a fifth of its steps and half its length. Which trials are stopped, and what that saves,
+# depends on the seed alone.
+ROWS = ["data.eval_rows=16", "data.max_length=64"]
 SEARCH = [
-    "data.eval_rows=16",
+    *ROWS,
     "train.max_steps=90",
     "train.warmup_steps=5",
     "search.space.warmup_steps.choice=[0,5]",
@@ -48,6 +49,7 @@ SEARCH = [
     "eval.every=10",
     "checkpoint.every=10",
 ]
+HALF_A_GPU = "search.gpus_per_trial=0.5"  # two trials at a time in the cluster `one_gpu`, as on two CPU slots
 QUICK = ["data.eval_rows=16", "tracking.backend=none", "train.max_steps=12", "train.warmup_steps=0",
          "search.grace_period=4", "eval.every=4"]  # fmt: skip
 
@@ -183,7 +185,7 @@ def test_the_best_trials_model_is_exported_and_evaluated(whole):
     assert torch.equal(exported["model.embed_tokens.weight"], state["model.model.embed_tokens.weight"])
     assert {k.removeprefix("model."): v.shape for k, v in state.items()} == {k: v.shape for k, v in exported.items()}
     done = subprocess.run(
-        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", "data.eval_rows=16", f"output_dir={folder}",
+        [PYTHON, f"{PROJECT}/eval.py", "--config", "smoke.yaml", *ROWS, f"output_dir={folder}",
          "eval.generate_rows=2", "eval.samples=1", "eval.max_new_tokens=4"],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -211,7 +213,7 @@ def test_every_trial_is_a_run_of_one_group_in_the_tracker(whole):
 @pytest.mark.slow
 def test_a_trial_is_a_run_of_pytorch_ddp(whole, tmp_path):
     folder, _, _ = whole
-    settings = ["train.max_steps=90", "train.warmup_steps=5", "train.global_batch_size=8", "data.eval_rows=16",
+    settings = [*ROWS, "train.max_steps=90", "train.warmup_steps=5", "train.global_batch_size=8",
                 "train.micro_batch_size=8", "train.learning_rate=1e-3", "tracking.backend=none", "eval.every=10",
                 "checkpoint.every=0", f"output_dir={tmp_path}"]  # fmt: skip
     run("pytorch-ddp", *settings, processes=1)
@@ -297,7 +299,7 @@ def one_gpu(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_trials_share_a_gpu_of_a_cluster_that_is_there(whole, one_gpu, tmp_path):
-    settings = [*SEARCH, "tracking.backend=none", "search.gpus_per_trial=0.5", f"output_dir={tmp_path}/search"]
+    settings = [*SEARCH, "tracking.backend=none", HALF_A_GPU, f"output_dir={tmp_path}/search"]
     run(PROJECT, *settings, **one_gpu)
     assert table(tmp_path / "search") == table(whole[0])
     assert most_at_a_time(tmp_path / "search") == (2, 2)
@@ -345,8 +347,9 @@ def test_a_complete_search_says_so_and_one_whose_best_trial_was_stopped_trains_i
 
 
 @pytest.mark.slow
-def test_without_early_stopping_the_trials_are_the_same(whole, modules, tmp_path):
-    run(PROJECT, *SEARCH, "tracking.backend=none", "search.scheduler=none", f"output_dir={tmp_path}")
+def test_without_early_stopping_the_trials_are_the_same(whole, one_gpu, modules, tmp_path):
+    settings = ["tracking.backend=none", "search.scheduler=none", HALF_A_GPU, f"output_dir={tmp_path}"]
+    run(PROJECT, *SEARCH, *settings, **one_gpu)
     rows, early = table(tmp_path), table(whole[0])
     assert [row["status"] for row in rows] == ["completed"] * 6
     for number in range(6):
@@ -367,7 +370,7 @@ def test_without_early_stopping_the_trials_are_the_same(whole, modules, tmp_path
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
+def test_a_trial_that_fails_is_reported_and_the_search_goes_on(one_gpu, tmp_path):
     """With Optuna, and learning rates at some of which the loss is no number after a step or two."""
     text = (REPOSITORY / PROJECT / "smoke.yaml").read_text().split("  space:")
     rest = text[1].partition("eval:")[2]
@@ -391,8 +394,8 @@ def test_a_trial_that_fails_is_reported_and_the_search_goes_on(tmp_path):
     assert f"{failed[0]['trial']}  failed: the loss of step" in output and "Traceback" not in output
     assert json.loads((tmp_path / "some/summary.json").read_text())["search"]["failed"] == len(failed)
 
-    settings = ["search.trials=2", "train.learning_rate=1.0e+30", f"output_dir={tmp_path}/all"]
-    line = error_line(run(PROJECT, *QUICK, *settings, config=every, exit_code=2))
+    settings = ["search.trials=2", "train.learning_rate=1.0e+30", HALF_A_GPU, f"output_dir={tmp_path}/all"]
+    line = error_line(run(PROJECT, *QUICK, *settings, config=every, exit_code=2, **one_gpu))
     assert "all 2 trials failed. trial-000: the loss of step" in line and "checkpoint.resume=never" in line
     assert json.loads((tmp_path / "all/summary.json").read_text())["status"] == "failed"
     assert not (tmp_path / "all/model").exists() and not checkpoints(tmp_path / "all")
@@ -412,11 +415,13 @@ class StopAt:
 def test_a_trial_that_stops_at_an_evaluation_has_its_loss_when_it_goes_on(modules, tmp_path):
     """Else a rung at that step would compare a later loss, and the search would have another outcome."""
     loop = modules["trial"]
+    cfg = load_config(loop.Config, REPOSITORY / PROJECT / "smoke.yaml", QUICK)
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows, held_out_batches = loop.build_dataloaders(cfg, tokenizer)
 
     def held_out_losses(folder: Path, stop_at: int = 0) -> dict[int, float]:
-        cfg = load_config(loop.Config, REPOSITORY / PROJECT / "smoke.yaml", [*QUICK, f"output_dir={folder}"])
-        tokenizer = models.load_tokenizer(cfg.model)
-        for _ in loop.train(cfg, tokenizer, *loop.build_dataloaders(cfg, tokenizer), StopAt(folder, stop_at), True):
+        cfg.output_dir = str(folder)
+        for _ in loop.train(cfg, tokenizer, rows, held_out_batches, StopAt(folder, stop_at), True):
             pass
         return held_out(folder)
 
@@ -649,6 +654,10 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     begin(load_config(*config, [f"output_dir={moved}", "seed=1"]), moved, "abc")  # of use, if no trial has to go on
     with refused(f"output_dir={moved}", f"begun in {tmp_path}", "move it back"):
         modules["outcome"].check_place(moved)
+
+
+@pytest.mark.slow
+def test_two_searches_in_one_folder_at_a_time_are_refused(modules, tmp_path):
     with modules["trials"].lock(tmp_path / ".lock", 0, ""):
-        line = error_line(run(PROJECT, f"output_dir={tmp_path}", exit_code=2))
+        line = error_line(run(PROJECT, f"output_dir={tmp_path}", exit_code=2, cold=True))
         assert "another search is running in it" in line

@@ -10,7 +10,7 @@ SMALL = ["search.trials=2", "train.max_steps=27"]
 
 @pytest.mark.slow
 def test_an_unknown_data_set_and_a_token_without_rights_stop_before_the_search(hub, tmp_path):
-    options = {"config": "config.yaml", "exit_code": 2}
+    options = {"config": "config.yaml", "exit_code": 2, "cold": True}
     where = [*SMALL, f"output_dir={tmp_path}/run"]
     line = error_line(run(PROJECT, *where, "data.name=stanfordnlp/imbd", **options, **hub.environment(tmp_path / "a")))
     assert "data.name=stanfordnlp/imbd" in line

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from launching import PYTHON, environment
+from launching import PYTHON, WARM_RAY, environment
 
 pytestmark = pytest.mark.slow
 
@@ -91,3 +91,30 @@ def test_libraries_are_there_and_take_their_settings_from_the_environment(tmp_pa
         variables = environment(HF_HOME=str(tmp_path / folder))
         done = subprocess.run([PYTHON, "-c", code], env=variables, capture_output=True, text=True)
         assert done.stdout.split() == ["True", str(tmp_path / folder)], done.stderr
+
+
+def test_workers_of_ray_are_forked_and_one_that_ends_takes_no_other_with_it():
+    """Ray ends a worker with its process group. What Ray reads while it is imported is this run's."""
+    code = """
+import os, sys, tempfile, time
+started_warm = "torch" in sys.modules
+import ray
+
+class Worker:
+    def see(self):
+        return "torch" in sys.modules, ray._config.worker_register_timeout_seconds(), os.getpgrp()
+
+with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=folder)
+    ended, other = (ray.remote(Worker).remote() for _ in range(2))
+    seen = ray.get([ended.see.remote(), other.see.remote()])
+    ray.kill(ended)
+    time.sleep(2)
+    again = ray.get(other.see.remote())
+    ray.shutdown()
+warm, sizes, groups = zip(*seen)
+print(started_warm, *warm, *sizes, len(set(groups)), again == seen[1])
+"""
+    variables = environment(**WARM_RAY, RAY_worker_register_timeout_seconds="99")
+    done = subprocess.run([PYTHON, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["True True True 99 99 2 True"], done.stdout + done.stderr

@@ -18,8 +18,11 @@ the environment of each rank themselves.
 - A zygote ends with the test session that made its folder, or after IDLE_SECONDS without work.
 
 What differs from a fresh interpreter: modules are imported already, `/proc/PID/environ` is the zygote's, and the
-process is not a descendant of its launcher. Tests that look at any of these start the real interpreter. So do Ray's:
-Ray watches its processes by their numbers, and reads its settings while it is imported.
+process is not a descendant of its launcher. Tests that look at any of these start the real interpreter.
+
+Ray reads its settings while it is imported, and no zygote imports it. Its agents watch their parent by its number, so
+they are the real interpreter's (WARM_EXECUTABLE is what Ray takes for Python). Only its workers are forked, by
+`py_executable` of the runtime environment.
 """
 
 from __future__ import annotations
@@ -47,8 +50,9 @@ PER_PROCESS = {
     "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_SIGNALS_TO_HANDLE", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     "NNODES", "NPROC_PER_NODE", "GPU_SHARES", "PWD", "OLDPWD", "SHLVL", "_", "COLUMNS", "LINES", "PYTHONPATH",
     "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "TEST_RUN", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",
-    "PYTHONSAFEPATH", "SPT_NOENV",
+    "PYTHONSAFEPATH", "SPT_NOENV", "PL_DISABLE_FORK",
 }  # fmt: skip
+RAYS_OWN = ("RAY_", "TUNE_")  # nor these: no zygote imports Ray
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("mnt", "net", "pid", "user", "uts")
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator would start one
@@ -60,6 +64,7 @@ BASE = ("torch", "torch.distributed.run", "torch.distributed.elastic.multiproces
         "transformers.models.opt.modeling_opt", "transformers.models.bloom.modeling_bloom", "torch._dynamo",
         "torch.distributed.checkpoint.state_dict", "datasets", "accelerate", "matplotlib.figure", "omegaconf",
         "psutil", "torch.distributed.fsdp")  # fmt: skip
+RAY_WORKER = "ray/_private/workers/default_worker.py"
 DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch")
 FOUNDRY = ("composer", "llmfoundry", "llmfoundry.command_utils")
 
@@ -81,7 +86,7 @@ def import_list(arguments: list[str], environment: dict[str, str]) -> tuple[str,
     words = " ".join(arguments)
     if ".venv-foundry" in os.environ["WARM_PYTHON"]:
         return BASE + FOUNDRY
-    if "deepspeed" in words or "DS_ACCELERATOR" in environment:
+    if any(part in words for part in ("deepspeed", "ray-t", RAY_WORKER)) or "DS_ACCELERATOR" in environment:
         return BASE + DEEPSPEED
     return BASE
 
@@ -105,7 +110,7 @@ def client(arguments: list[str]) -> None:
         "command": command, "flags": arguments[:flags], "environment": environment, "cwd": os.getcwd(),
         "files": files, "ignored": [int(s) for s in ignored], "parent": os.getppid(), "umask": os.umask(0),
         "limits": {name: resource.getrlimit(getattr(resource, name)) for name in LIMITS},
-        "executable": f"{os.environ['WARM_FOLDER']}/bin/python",
+        "executable": os.environ.get("WARM_EXECUTABLE") or f"{os.environ['WARM_FOLDER']}/bin/python",
     }  # fmt: skip
     everything = signal.valid_signals()
     request["blocked"] = [int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, everything)]
@@ -145,7 +150,7 @@ def read_line(connection: socket.socket) -> bytes:
 
 def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.socket:
     """A connection to the zygote of this environment, which is started if there is none."""
-    shared = {name: value for name, value in environment.items() if name not in PER_PROCESS}
+    shared = {k: v for k, v in environment.items() if k not in PER_PROCESS and not k.startswith(RAYS_OWN)}
     place = [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES] + [os.getuid(), os.stat("/").st_ino]
     key = hashlib.sha1(json.dumps([imports, shared, place], sort_keys=True).encode()).hexdigest()[:16]
     path = f"{os.environ['WARM_FOLDER']}/{key}"
@@ -271,6 +276,7 @@ def become(request: dict) -> None:
     import warnings
 
     random.seed()
+    os.setpgid(0, 0)  # Ray ends a worker's whole process group, which must not be the zygote's
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -20,7 +20,7 @@ from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
 from common.plots import COLOURS, style_axes
-from tools.results import read
+from tools.results import read, speed
 
 WIDTH, HEIGHT = 7.2, 3.4  # inches: at a README's width, text of 10 points is 12 pixels high
 
@@ -37,10 +37,10 @@ def ddp_speed(results: Path) -> Figure:
     """Tokens per second on one GPU, on two, and on two without NVLink."""
     records = read(results / "pytorch-ddp", "speed-1gpu", "speed-2gpu", "speed-2gpu-no-p2p")
     figure, axes = new_figure("pytorch-ddp: what a second GPU gives", "tokens/s, all GPUs")
-    speeds = [record["summary"]["tokens_per_second"] for record in records]
+    speeds = [speed(record) for record in records]
     labels = [textwrap.fill(record["label"], 24) for record in records]
     bars = axes.bar(labels, speeds, color=COLOURS[: len(records)], width=0.6)
-    axes.bar_label(bars, [f"{speed:,.0f}\n{speed / speeds[0]:.2f}×" for speed in speeds], padding=3, fontsize=10)
+    axes.bar_label(bars, [f"{value:,.0f}\n{value / speeds[0]:.2f}×" for value in speeds], padding=3, fontsize=10)
     axes.set_ylim(0, max(speeds) * 1.25)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", visible=False)

@@ -4,7 +4,7 @@
 
 Each notebook of the projects gets a folder with an `.ipynb` and `kernel-metadata.json`. The notebook needs no copy of
 the repository: its first, collapsed cell holds the project, `common/`, `launchers/`, `tools/` and the records of its
-tables, compressed, and unpacks them on Kaggle's scratch disk, where the next cell finds them.
+tables, compressed, and unpacks them on Kaggle's scratch disk, where the next cell finds them. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import argparse
 import base64
 import hashlib
 import io
+import json
 import lzma
 import subprocess
 import tarfile
+import tomllib
 from pathlib import Path
-
-import nbformat
+from urllib.parse import urlsplit
 
 from common import errors
-from common.config import REPOSITORY
 from common.errors import UserError
-from tools.notebook_files import kernel_metadata
-from tools.results import origin
 
+REPOSITORY = Path(__file__).resolve().parent.parent  # not common.config's, which imports more than the standard library
 SHARED = ("common", "launchers", "tools", "pyproject.toml", "LICENSE")
 KEPT = {".py", ".sh", ".yaml", ".json", ".toml", ".txt", ".svg", ".md", ""}  # endings; no notebooks, no pictures
 UNPACK = '''\
@@ -48,7 +47,46 @@ with tarfile.open(fileobj=io.BytesIO(content)) as archive:
     archive.extractall(code, filter="data")
 print(f"revision {revision}, SHA-256 {{digest[:12]}}: {{sum(path.is_file() for path in code.rglob('*'))}} files")
 '''
+# Kaggle's own copies of models that are gated on the Hub: a push cannot attach the secret HF_TOKEN.
+LLAMA = "metaresearch/llama-3.2/transformers/1b-instruct/1"
+MODELS = {"deepspeed-offload": [LLAMA], "deepspeed-pipeline": [LLAMA]}
 WIDTH = 160  # characters in a line of the packed code
+
+
+def origin(repository: Path) -> tuple[str, str]:
+    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
+    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    address = settings["project"]["urls"]["Repository"]
+    owner = urlsplit(address).path.strip("/").partition("/")[0]
+    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
+
+
+def kernel_metadata(project: str, kind: str, owner: str, notebook: str) -> str:
+    """What `kaggle kernels push` sends: two T4, internet on; the evaluation gets the training's output as input."""
+    title = f"{project} {kind}"
+    return (
+        json.dumps(
+            {
+                "id": f"{owner}/{title.replace(' ', '-')}",
+                "title": title,
+                "code_file": notebook,  # seen from the folder of the metadata
+                "language": "python",
+                "kernel_type": "notebook",
+                "is_private": True,
+                "enable_gpu": True,
+                "enable_internet": True,
+                "machine_shape": "NvidiaTeslaT4",
+                "dataset_sources": [],
+                "competition_sources": [],
+                "kernel_sources": [f"{owner}/{project}-train"] if kind == "eval" else [],
+                "model_sources": MODELS.get(project, []),
+                "keywords": ["gpu", "nlp", "pytorch"],
+                "docker_image_pinning_type": "latest",  # what it lacks is installed, and its torch is kept
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def files(repository: Path, project: str) -> list[Path]:
@@ -88,20 +126,20 @@ def revision(repository: Path) -> str:
 
 def packed_notebook(repository: Path, project: str, kind: str, content: bytes, commit: str) -> str:
     """The notebook `kind` of the project with a cell that unpacks `content`, and no outputs but the picture."""
-    notebook = nbformat.read(repository / project / f"notebooks/{kind}.ipynb", 4)
+    notebook = json.loads((repository / project / f"notebooks/{kind}.ipynb").read_text(encoding="utf-8"))
     text = base64.b85encode(content).decode()
     lines = "\n".join(text[i : i + WIDTH] for i in range(0, len(text), WIDTH))
     digest = hashlib.sha256(content).hexdigest()
     code = UNPACK.format(project=project, revision=commit, packed=lines, digest=digest)
-    cell = nbformat.v4.new_code_cell(code, metadata={"_kg_hide-input": True, "jupyter": {"source_hidden": True}})
-    cell.id = "packed"
-    for each in notebook.cells:
-        if each.cell_type == "code":
-            each.outputs = each.outputs if "notebook.show_figure(" in each.source else []
-            each.execution_count = None
-    first = next(i for i, each in enumerate(notebook.cells) if each.cell_type == "code")  # the title comes first
-    notebook.cells.insert(first, cell)
-    return nbformat.writes(notebook, version=4) + "\n"
+    hidden = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
+    cell = {"cell_type": "code", "execution_count": None, "id": "packed", "metadata": hidden, "outputs": []}
+    for each in notebook["cells"]:
+        if each["cell_type"] == "code":
+            each["outputs"] = each["outputs"] if "notebook.show_figure(" in "".join(each["source"]) else []
+            each["execution_count"] = None
+    codes = [i for i, each in enumerate(notebook["cells"]) if each["cell_type"] == "code"]
+    notebook["cells"].insert(codes[0], cell | {"source": code.splitlines(keepends=True)})  # the title comes first
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def write(repository: Path, folder: Path, projects: list[str], user: str) -> list[Path]:

@@ -7,6 +7,7 @@ that had would take memory from the training, which runs in processes of its own
 from __future__ import annotations
 
 import codecs
+import datetime
 import importlib.metadata
 import io
 import itertools
@@ -266,6 +267,34 @@ def show_versions(run: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     for name, version in (environment["versions"] | {"Python": environment["python"]}).items():
         print(f"{name:15} {version}")
+
+
+def describe_run(run: Path) -> str:
+    """What the run was, in Markdown: model and weights, data, hardware, date, revision of the code."""
+    import yaml
+
+    from common import report
+
+    made = max(
+        (path for name in ("environment.json", "eval.json") if (path := run / name).is_file()),
+        key=lambda path: path.stat().st_mtime,
+    )
+    there, settings = report.read_json(made), run / "config.yaml"
+    config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    at_random = config.get("model", {}).get("random_weights", False)
+    if made.name == "eval.json":  # whose training may have been in another session
+        model, data = there["base"]["model"], there["settings"]["data"]
+        there = there["environment"]
+    else:
+        model, data = config["model"]["name"], config["data"]["name"]
+    weights = "random" if at_random or model.startswith("tiny:") else "published"
+    revision = (there["git_commit"] or "unknown").partition(" ")
+    return (
+        f"*Outputs: `{Path(model).name}` ({weights} weights) on `{Path(data).name}`, "
+        f"{there['precision'].partition(':')[0]}; {report.devices(there)}, torch "
+        f"{there['versions']['torch']}; {datetime.date.fromtimestamp(made.stat().st_mtime)}, code of "
+        f"{revision[0][:10]}{' ' + revision[2] if revision[2] else ''}.*"
+    )
 
 
 def show_plots(run: Path, *names: str) -> None:

@@ -11,7 +11,6 @@ file is out of date.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -22,14 +21,13 @@ import nbformat
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
-from tools.results import code_block, origin, tables
+from tools.kaggle import kernel_metadata, origin
+from tools.results import code_block, tables
 
+RECORDED = "recorded"  # in a notebook's metadata: what the run was whose outputs it shows
 MEASURED = re.compile(r'^notebook\.show_measured\("(.*)"\)$')
 SHOWN_CODE = re.compile(r"^notebook\.show_code\((.*)\)$", re.DOTALL)
 CITED = re.compile(r'^repository-code: ".*"$', re.MULTILINE)
-# Kaggle's own copies of models that are gated on the Hub: a push cannot attach the secret HF_TOKEN.
-LLAMA = "metaresearch/llama-3.2/transformers/1b-instruct/1"
-MODELS = {"deepspeed-offload": [LLAMA], "deepspeed-pipeline": [LLAMA]}
 ADDRESS, PIN = re.compile(r'^CODE = "(.*)"$', re.MULTILINE), re.compile(r'^REVISION = ".*"$', re.MULTILINE)
 
 
@@ -50,10 +48,14 @@ def source(text: str, address: str, revision: str) -> str:
 
 
 def notebook(text: str, old: str | None) -> str:
-    """The `.ipynb` of a source, with the outputs that cells of the `old` one have where their code is the same."""
+    """The `.ipynb` of a source, with the outputs that cells of the `old` one have where their code is the same.
+
+    Under its title stands what run they come from, if it was recorded.
+    """
     made = jupytext.reads(text, fmt="py:percent")
     outputs = {}
-    for cell in nbformat.reads(old, 4).cells if old else []:
+    earlier = nbformat.reads(old, 4) if old else made
+    for cell in earlier.cells if old else []:
         if cell.cell_type == "code":
             outputs[_without_origin(cell.source)] = cell
     for number, cell in enumerate(made.cells):
@@ -66,6 +68,10 @@ def notebook(text: str, old: str | None) -> str:
                     for text in found
                 ]
     made.metadata = {"kernelspec": made.metadata["kernelspec"], "language_info": {"name": "python"}}
+    if recorded := earlier.metadata.get(RECORDED):
+        made.metadata[RECORDED] = recorded
+        title, _, rest = made.cells[0].source.partition("\n")
+        made.cells[0].source = f"{title}\n\n{recorded}\n{rest}"
     return nbformat.writes(made, version=4) + "\n"
 
 
@@ -81,34 +87,6 @@ def _from_files(code: str) -> list[str]:
 def _without_origin(code: str) -> str:
     """A cell's code, wherever the repository is fetched from: that changes no output."""
     return PIN.sub("", ADDRESS.sub("", code))
-
-
-def kernel_metadata(project: str, kind: str, owner: str, notebook: str) -> str:
-    """What `kaggle kernels push` sends: two T4, internet on; the evaluation gets the training's output as input."""
-    title = f"{project} {kind}"
-    return (
-        json.dumps(
-            {
-                "id": f"{owner}/{title.replace(' ', '-')}",
-                "title": title,
-                "code_file": notebook,  # seen from the folder of the metadata
-                "language": "python",
-                "kernel_type": "notebook",
-                "is_private": True,
-                "enable_gpu": True,
-                "enable_internet": True,
-                "machine_shape": "NvidiaTeslaT4",
-                "dataset_sources": [],
-                "competition_sources": [],
-                "kernel_sources": [f"{owner}/{project}-train"] if kind == "eval" else [],
-                "model_sources": MODELS.get(project, []),
-                "keywords": ["gpu", "nlp", "pytorch"],
-                "docker_image_pinning_type": "latest",  # what it lacks is installed, and its torch is kept
-            },
-            indent=1,
-        )
-        + "\n"
-    )
 
 
 def update(repository: Path, check: bool, revision: str = "") -> None:

@@ -60,11 +60,13 @@ def record(source: Path, config: str, settings: list[str]) -> None:
     text = source.read_text(encoding="utf-8")
     found = nbformat.reads(notebook_files.notebook(text, None), 4)
     edits = [f"CONFIG, SETTINGS = {config!r}, {settings!r}", f"print({SHOWN!r}, CONFIG, *SETTINGS)"]
+    found.cells.append(nbformat.v4.new_code_cell("print(notebook.describe_run(RUN))"))
     try:
         execute(found, edits, source.parent)
     except CellExecutionError as error:
         print(error)
         raise UserError(f"{source} was not recorded: {error.ename}: {error.evalue}") from None
+    found.metadata[notebook_files.RECORDED] = found.cells.pop().outputs[0].text.strip()
     executed = nbformat.writes(found).replace(f"{REPOSITORY}/", "")  # paths as seen from the repository
     source.with_suffix(".ipynb").write_text(notebook_files.notebook(text, executed), encoding="utf-8")
 

@@ -160,9 +160,9 @@ def check_disk(project: str, cfg: BaseConfig, model: PreTrainedModel, published:
     that are `published` on the Hub, of up to 4, come on top. What is there already counts.
     """
     parameters, folder = sum(p.numel() for p in model.parameters()), Path(cfg.output_dir)
-    checkpoints = (2 if cfg.checkpoint.every else 1) * (
-        2 if project == "ray-tune" else 1
-    )  # the best trial's, and others
+    checkpoints = 2 if cfg.checkpoint.every else 1
+    if project == "ray-tune":  # the best trial's, and others
+        checkpoints *= 2
     needed = parameters * (12 * checkpoints + 4) - notebook.size(folder)
     if published:
         needed += max(0, 4 * parameters - notebook.size(_cache("models", published) / "blobs"))
@@ -179,7 +179,7 @@ def check_disk(project: str, cfg: BaseConfig, model: PreTrainedModel, published:
 
 
 def _cache(kind: str, name: str) -> Path:
-    """Where the Hub's client keeps what it has downloaded of a model or dataset."""
+    """The folder in which the Hub's client caches a model or dataset."""
     return Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
 
 

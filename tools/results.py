@@ -19,14 +19,13 @@ import re
 import statistics
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from common import errors
 from common.config import REPOSITORY
 from common.errors import UserError
+from tools.kaggle import origin
 
 CODE = re.compile(r"<!-- code: ([^>]+) -->(?:(?!<!-- code: ).)*?<!-- end code -->", re.DOTALL)
 BLOCK = re.compile(r"<!-- results: ([^>]+) -->(?:(?!<!-- results: ).)*?<!-- end results -->", re.DOTALL)
@@ -83,11 +82,17 @@ def figure(text: str) -> Callable[[dict], str]:
     return lambda r: text.format(**r["summary"]) if r["summary"]["status"] == "completed" else "–"
 
 
-def commit(records: list[dict]) -> str:
-    """The commits that the records were measured at, for the end of a caption."""
+def provenance(records: list[dict]) -> str:
+    """The commit that the records were measured at, their windows and the command, for the end of a caption."""
     commits = shared(records, lambda r: (r["environment"].get("git_commit") or "unknown").split()[0][:10])
     changed = any("with local changes" in (r["environment"].get("git_commit") or "") for r in records)
-    return f"Commit {commits}{', with local changes' if changed else ''}."
+    said = [f"Commit {commits}{', with local changes' if changed else ''}."]
+    if timed := [r["windows"] for r in records if r.get("windows")]:
+        spread = max((max(w) - min(w)) / statistics.median(w) for w in timed)
+        said.append(f"Medians of {len(timed[0])} windows, which differ by {spread:.1%} at most.")
+    if commands := list(dict.fromkeys(r["measured_by"] for r in records if "measured_by" in r)):
+        said.append(f"Made by {', '.join(f'`{command}`' for command in commands)}.")
+    return " ".join(said)
 
 
 def entry(text: str) -> Callable[[dict], str]:
@@ -97,7 +102,12 @@ def entry(text: str) -> Callable[[dict], str]:
 
 def speed(r: dict) -> float:
     """Tokens per second over all GPUs."""
-    return r["summary"]["tokens_per_second"]
+    return statistics.median(r["windows"]) if r.get("windows") else r["summary"]["tokens_per_second"]
+
+
+def tokens_per_second(r: dict) -> str:
+    """The column of `speed`."""
+    return f"{speed(r):,.0f}" if r["summary"]["status"] == "completed" else "–"
 
 
 def tflops(r: dict) -> float:
@@ -113,7 +123,7 @@ def speed_table(folder: Path, *names: str) -> str:
         "run": lambda r: r["label"],
         "GPUs": lambda r: r["gpus"],
         "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "per GPU": lambda r: f"{speed(r) / r['gpus']:,.0f}",
         "TFLOP/s per GPU": lambda r: f"{tflops(r):.0f}",
         "of ceiling": lambda r: f"{tflops(r) / r['matmul_ceiling_tflops']:.1%}",
@@ -122,7 +132,7 @@ def speed_table(folder: Path, *names: str) -> str:
         "speed-up": lambda r: f"{speed(r) / speed(records[0]):.2f}×" if r in alike else "–",
     }
     ceiling = shared(records, lambda r: r["matmul_ceiling_tflops"])
-    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU. {commit(records)}"
+    caption = f"{machine(records)}. Measured matmul ceiling: {ceiling} TFLOP/s per GPU. {provenance(records)}"
     return table(records, columns, caption)
 
 
@@ -136,7 +146,7 @@ def memory_table(folder: Path, *names: str) -> str:
         "steps": figure("{steps}"),
         "loss, first → last": figure("{first_loss:.3f} → {last_loss:.3f}"),
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def arithmetic_table(folder: Path, *names: str) -> str:
@@ -157,7 +167,7 @@ def arithmetic_table(folder: Path, *names: str) -> str:
         "measured": gib("measured"),
         "of the sum": lambda r: f"{r['arithmetic_gib']['measured / sum']:.0%}",
     }
-    return table(records, columns, f"{machine(records)}. {commit(records)}")
+    return table(records, columns, f"{machine(records)}. {provenance(records)}")
 
 
 def io_table(folder: Path, name: str) -> str:
@@ -171,7 +181,7 @@ def io_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['gpus']} × {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, "
         f"{r['date']}, files in memory (/dev/shm). Published weights: {r['published_fp16_gib']:.2f} GiB in fp16, "
-        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}.{commit([r])}"
+        f"masters {r['master_weights_gib']:.2f} GiB. Checkpoint: {r['writer']}. {provenance([r])}"
     )
     return table(list(r["phases"].items()), columns, caption)
 
@@ -205,14 +215,14 @@ def offload_table(folder: Path, *names: str) -> str:
     columns = {
         "run": lambda r: r["label"],
         "result": lambda r: r["summary"].get("error", "fits").split(". ")[0],
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "seconds per step": lambda r: f"{r['last_steps'][0]['tokens'] / speed(r):.2f}" if r["last_steps"] else "–",
         "GPU peak GiB": figure("{peak_gpu_gib:.1f}"),
         "host peak GiB": figure("{peak_host_gib:.1f}"),
         "GPUs": lambda r: r["gpus"],
         "CPU cores": lambda r: r["environment"]["cpu_cores"],
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def prediction_table(folder: Path, *names: str) -> str:
@@ -235,7 +245,7 @@ def prediction_table(folder: Path, *names: str) -> str:
         **predicted("host", "peak_host_gib"),
         "host by phase": lambda r: " / ".join(f"{r['host_peaks_gib'][phase]:.1f}" for phase in phases),
     }
-    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far. {commit(records)}"
+    caption = f"{machine(records)}. GiB; phases: {', '.join(phases)}, each the peak so far. {provenance(records)}"
     return table(records, columns, caption)
 
 
@@ -264,12 +274,12 @@ def pipeline_table(folder: Path, *names: str) -> str:
         "layers by stage": lambda r: by_stage("{}", r["environment"]["pipeline"]["layers_by_stage"]),
         "ms per micro-batch": lambda r: by_stage("{:.0f}", milliseconds(r)),
         "peak GiB": lambda r: by_stage("{:.1f}", r["summary"]["peak_gpu_gib_by_rank"]),
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "efficiency": lambda r: f"{r['efficiency']:.0%}",
         "ideal": lambda r: f"{r['ideal']:.0%}",
         "of the ideal": lambda r: f"{r['efficiency'] / r['ideal']:.0%}",
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def stage_costs_table(folder: Path, name: str) -> str:
@@ -288,7 +298,7 @@ def stage_costs_table(folder: Path, name: str) -> str:
         f"One {r['environment']['gpus'][0]['name']}, torch {r['environment']['versions']['torch']}, {r['date']}. "
         f"{r['settings']['data.max_length']} tokens per row in {r['settings']['train.precision']}, a T4's attention "
         f"kernels, activation checkpointing {'on' if r['checkpointing'] else 'off'}; forward and backward. By "
-        f"operations the head weighs {r['computed_head_layers']:.1f} layers.{commit([r])}"
+        f"operations the head weighs {r['computed_head_layers']:.1f} layers. {provenance([r])}"
     )
     return table(r["cases"], columns, caption)
 
@@ -314,7 +324,7 @@ def profile_table(folder: Path, *names: str) -> str:
         "neither": entry("{step-profile[idle]:.2f}"),
         "longest pause between exchanges": entry("{step-profile[longest_pause]:.2f}"),
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def held_seconds(r: dict) -> float:
@@ -335,7 +345,7 @@ def search_table(folder: Path, *names: str) -> str:
         "best loss": figure("{search[best_eval_loss]:.4f}"),
         "default's": figure("{search[default_eval_loss]:.4f}"),
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def search_details_table(folder: Path, *names: str) -> str:
@@ -349,7 +359,7 @@ def search_details_table(folder: Path, *names: str) -> str:
         "best trial": figure("{search[best]}"),
         "its peak GPU GiB": figure("{peak_gpu_gib:.1f}"),
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def early_stopping_table(folder: Path, name: str) -> str:
@@ -378,7 +388,7 @@ def early_stopping_table(folder: Path, name: str) -> str:
     caption = (
         f"Two slots on a {r['machine']}, torch {r['environment']['versions']['torch']}, {r['date']}. {draws} draws of "
         f"the trials. Budget {r['budget']} steps, reduction {shipped}. Noise: a difference of at most {within:.2f}. "
-        f"{commit([r])}"
+        f"{provenance([r])}"
     )
     return table(rows, columns, caption)
 
@@ -404,7 +414,7 @@ def ray_train_table(folder: Path, *names: str) -> str:
     records = read(folder, *names)
     columns = {
         "run": lambda r: r["label"],
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "steps 3, 4, 5 and last, s": lambda r: " / ".join(
             f"{step['step_seconds']:.2f}" for step in (*r["first_steps"][3:6], *r["last_steps"])
         ),
@@ -413,7 +423,9 @@ def ray_train_table(folder: Path, *names: str) -> str:
         "last loss": figure("{last_loss:.3f} (step {steps})"),
     }
     is_limited = all("runtime.gpu_memory_limit_gib" in r["settings"] for r in records)
-    return table(records, columns, f"{limited(records) if is_limited else machine(records) + '.'} {commit(records)}")
+    return table(
+        records, columns, f"{limited(records) if is_limited else machine(records) + '.'} {provenance(records)}"
+    )
 
 
 def ray_train_headline(folder: Path, *names: str) -> str:
@@ -437,12 +449,12 @@ def foundry_table(folder: Path, *names: str) -> str:
 
     columns = {
         "run": lambda r: r["label"],
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "batch filled": lambda r: f"{statistics.mean(step['tokens'] for step in steps(r)) / places(r):.0%}",
         "median step, s": lambda r: f"{statistics.median(step['step_seconds'] for step in steps(r)):.2f}",
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
     }
-    return table(records, columns, f"{limited(records)} {commit(records)}")
+    return table(records, columns, f"{limited(records)} {provenance(records)}")
 
 
 def foundry_headline(folder: Path, name: str) -> str:
@@ -478,6 +490,29 @@ def equality_table(folder: Path, name: str) -> str:
         f"{r['settings']['model.name']} on Python's docstrings, fp32, a global batch of "
         f"{r['settings']['train.global_batch_size']}; two processes on a CPU (of `ray-tune` one trial), torch "
         f"{r['environment']['versions']['torch']}, LLM Foundry's own being 2.7; {r['date']}. Distances are relative."
+    )
+    return table(rows, columns, caption)
+
+
+def agreement_table(folder: Path, name: str) -> str:
+    """Whose documented loop computes the mean over all targets of a global batch."""
+    (r,) = read(folder, name)
+    columns = {
+        "loop, as documented": lambda row: row[0] + (f", {row[1]['version']}" if row[1]["version"] else ""),
+        "held-out loss": lambda row: f"{row[1]['held_out_loss']:.6f}",
+        "weights apart": lambda row: (
+            f"{row[1]['weights']:.0%}" if row[1]["weights"] > 1e-3 else f"{row[1]['weights']:.0e}"
+        ),
+        "exact": lambda row: "yes" if row[1]["weights"] < 1e-3 else "no",
+    }
+    rows = [("plain loop, one process", {"version": "", "held_out_loss": r["held_out_loss"], "weights": 0.0})]
+    rows += sorted(r["loops"].items(), key=lambda row: row[1]["weights"])
+    caption = (
+        f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
+        f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are "
+        f"from the plain loop's, relative to how far it moved. With equally many targets a row, all are within 1e-5. "
+        f"{r['date']}, torch {r['environment']['versions']['torch']}. "
+        f"{provenance([r])} Made by `python bench/agreement.py`."
     )
     return table(rows, columns, caption)
 
@@ -649,7 +684,7 @@ def hardware(results: Path) -> str:
         "project": lambda r: f"[`{r['project']}`]({r['project']}/README.md)",
         "GPU, GiB": lambda r: " / ".join(f"{peak:.1f}" for peak in by_stage(r)),
         "host, GiB": figure("{peak_host_gib:.1f}"),
-        "tokens/s": figure("{tokens_per_second:,.0f}"),
+        "tokens/s": tokens_per_second,
         "measured on": gpus_of,
         "fits on": fits_on,
     }
@@ -669,14 +704,6 @@ def hardware(results: Path) -> str:
         f"not recorded)."
     )
     return table(records, columns, caption)
-
-
-def origin(repository: Path) -> tuple[str, str]:
-    """The repository's address and the Kaggle account, from pyproject.toml: the only place where they are set."""
-    settings = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
-    address = settings["project"]["urls"]["Repository"]
-    owner = urlsplit(address).path.strip("/").partition("/")[0]
-    return address, settings["tool"].get("notebooks", {}).get("kaggle", owner)
 
 
 def kaggle_badge(folder: Path, project: str) -> str:
@@ -706,6 +733,7 @@ BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which recor
     "real answers": (real_answers,),
     "real killed": (real_killed,),
     "equality losses": (equality_table, "losses"),
+    "agreement losses": (agreement_table, "losses"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
     "pytorch-ddp loss": (loss_table, "loss-memory"),
