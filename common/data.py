@@ -319,14 +319,19 @@ def tokenize(
             f"data.name={data.name}: no sequence with a target token is left at data.max_length={data.max_length}: "
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
-    if packing == "documents":
-        blocks = pack_documents(tokens, labels, np.array(offsets, np.int64), data.max_length)
-        counts["blocks"] = len(blocks.offsets) - 1
-        counts["padding"] = counts["blocks"] * data.max_length - len(tokens)
-        counts["filled"] = round(len(tokens) / (counts["blocks"] * data.max_length), 4)
-        return TokenizedRows(blocks.tokens, blocks.labels, blocks.offsets, None, counts, blocks.positions)
     kept = None if wrapped else np.array(sources, np.int64)
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), kept, counts)
+    encoded_rows = TokenizedRows(tokens, labels, np.array(offsets, np.int64), kept, counts)
+    return in_blocks(encoded_rows, data.max_length) if packing == "documents" else encoded_rows
+
+
+def in_blocks(rows: TokenizedRows, size: int) -> TokenizedRows:
+    """`rows` packed as documents into blocks of at most `size` tokens; `counts` say how full these are as well."""
+    blocks = pack_documents(rows.tokens, rows.labels, rows.offsets, size)
+    count, tokens = len(blocks.offsets) - 1, len(blocks.tokens)
+    filling = {"blocks": count, "padding": count * size - tokens, "filled": round(tokens / (count * size), 4)}
+    return TokenizedRows(
+        blocks.tokens, blocks.labels, blocks.offsets, counts=rows.counts | filling, positions=blocks.positions
+    )
 
 
 def _has_target(labels: list[int]) -> bool:

@@ -31,8 +31,8 @@ from common.loss import check_loss, chunked_losses, token_losses
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What travels from layer to layer: hidden states (before the first: token ids), and with documents their positions.
-Travelling = Tensor | tuple[Tensor, Tensor]
+# What layers pass on: hidden states (the first gets token ids), and with packed documents the positions in each.
+StageInput = Tensor | tuple[Tensor, Tensor]
 FAMILIES = ("llama", "qwen2")  # what `DecoderLayer` calls and `decoder_specs` takes apart is theirs
 
 
@@ -43,8 +43,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.embedding = embedding.to_empty(device=device)
 
-    def forward(self, inputs: Travelling) -> Travelling:
-        input_ids, position_ids = _taken_apart(inputs)
+    def forward(self, inputs: StageInput) -> StageInput:
+        input_ids, position_ids = _unpacked(inputs)
         hidden = self.embedding(input_ids)
         return hidden if position_ids is None else (hidden, position_ids)
 
@@ -57,8 +57,8 @@ class DecoderLayer(nn.Module):
         self.layer = layer.to_empty(device=device)
         self.positions = positions
 
-    def forward(self, inputs: Travelling) -> Travelling:
-        hidden, documents = _taken_apart(inputs)
+    def forward(self, inputs: StageInput) -> StageInput:
+        hidden, documents = _unpacked(inputs)
         position_ids, cos_and_sin, mask = self.positions(hidden, documents)
         output = self.layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=cos_and_sin)
         hidden = output if torch.is_tensor(output) else output[0]  # transformers before 4.54 returns a tuple
@@ -72,8 +72,8 @@ class Norm(nn.Module):
         super().__init__()
         self.norm = norm.to_empty(device=device)
 
-    def forward(self, inputs: Travelling) -> Tensor:
-        hidden, _ = _taken_apart(inputs)
+    def forward(self, inputs: StageInput) -> Tensor:
+        hidden, _ = _unpacked(inputs)
         return self.norm(hidden)
 
 
@@ -106,12 +106,11 @@ class Positions:
 
         For `documents`, the position of each token in its own [batch, length], these and their mask.
         """
-        # A micro-batch has one tensor of positions, which all layers of the stage are given, and which is kept here.
+        # All layers are given one tensor of a micro-batch. It is kept until the next, so no other can have its id.
         wanted = hidden.shape[1], hidden.dtype, id(documents)
         if self._computed_for != wanted:
-            if documents is None:
-                position_ids, mask = torch.arange(hidden.shape[1], device=hidden.device)[None], None
-            else:
+            position_ids, mask = torch.arange(hidden.shape[1], device=hidden.device)[None], None
+            if documents is not None:
                 position_ids, mask = documents, document_mask(documents, hidden.dtype)
             self._computed = position_ids, self._rotary(hidden, position_ids), mask
             self._computed_for = wanted
@@ -172,7 +171,7 @@ def _pass_on(embedding: Embedding, hidden: Tensor) -> Tensor:
     return hidden  # as `Head` does
 
 
-def _taken_apart(inputs: Travelling) -> tuple[Tensor, Tensor | None]:
+def _unpacked(inputs: StageInput) -> tuple[Tensor, Tensor | None]:
     return (inputs, None) if torch.is_tensor(inputs) else inputs
 
 

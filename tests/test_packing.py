@@ -292,7 +292,9 @@ def unpacked():
     [
         ("pytorch-ddp", "tiny:qwen2", 2, []),
         ("pytorch-ddp", "tiny:bloom", 1, ["train.activation_checkpointing=true"]),
+        ("pytorch-ddp", "tiny:llama", 1, ["train.compile=true"]),
         ("pytorch-fsdp", "tiny:opt", 2, []),
+        ("pytorch-fsdp", "tiny:qwen2", 1, ["train.activation_checkpointing=true", "train.compile=true"]),
         ("deepspeed-offload", "tiny:llama", 2, []),
         ("deepspeed-pipeline", "tiny:llama", 3, ["train.activation_checkpointing=true"]),
         ("deepspeed-pipeline", "tiny:qwen2", 2, []),
@@ -319,8 +321,9 @@ def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
     ours, theirs = losses(folder), unpacked(model)
     relative = 1e-4 if project.startswith("deepspeed") or project == "ray-train" else 1e-5
     assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], rel=relative)
-    # In fp64 all gradients agree to 1e-12. In fp32 AdamW makes full steps of those that are rounding errors only.
-    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=1e-4)
+    # torch's own norm of the reference, which adds up squares in fp32, is 2.5e-5 off for tiny:bloom on a CPU.
+    norms = relative if project in ("pytorch-ddp", "ray-tune") else 1e-4  # which have that norm, too
+    assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in theirs], rel=norms)
 
 
 @pytest.mark.slow
