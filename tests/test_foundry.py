@@ -419,8 +419,10 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
         files[name] = yaml.safe_dump(settings)
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    tiny_config("mamba").save_pretrained(tmp_path / "mamba")
-    models.load_tokenizer(ModelConfig()).save_pretrained(tmp_path / "mamba")
+    tokenizer, mamba = models.load_tokenizer(ModelConfig("tiny:opt")), tiny_config("mamba")
+    mamba.vocab_size = len(tokenizer)
+    for part in (mamba, tokenizer):
+        part.save_pretrained(tmp_path / "mamba")
     mistakes = {
         "misspelt key": (["foundry.packing_rato=2"], ["foundry.packing_rato", "foundry.packing_ratio"]),
         "wrong type": (["foundry.packing_ratio=much"], ["foundry.packing_ratio", "much"]),
