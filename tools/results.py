@@ -527,20 +527,21 @@ def packing_speed_table(folder: Path, setting: str) -> str:
         return "\n"
     records = read(folder, *(f"{setting}-{project}-{name}" for project in projects for name in PACKINGS))
     padded = {r["project"]: r for r in records[:: len(PACKINGS)]}
+
+    def speed_up(r: dict) -> str:
+        reference = padded[r["project"]]
+        return f"{speed(r) / speed(reference):.2f}×" if "filled" in r and "filled" in reference else "–"
+
     columns = {
         "rows": lambda r: f"{r['label']}, `{r['project']}`",
         "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
         "tokens/s, without padding": tokens_per_second,
-        "of padded": lambda r: f"{speed(r) / speed(padded[r['project']]):.2f}×" if completed(r, padded) else "–",
+        "of padded": speed_up,
         "places filled": lambda r: f"{r['filled']:.1%}" if "filled" in r else "–",
         "peak GiB": figure("{peak_gpu_gib:.1f}"),
     }
     caption = limited(records) if "runtime.gpu_memory_limit_gib" in records[0]["settings"] else f"{machine(records)}."
     return table(records, columns, f"{caption} {provenance(records)}")
-
-
-def completed(r: dict, padded: dict[str, dict]) -> bool:
-    return all(record["summary"]["status"] == "completed" for record in (r, padded[r["project"]]))
 
 
 def packing_loss_table(folder: Path, setting: str) -> str:
