@@ -39,7 +39,7 @@ from wandb_log import config, history, read_wandb
 
 from bench import plain_loop
 from common import data, models
-from common.config import ModelConfig, load_config
+from common.config import BaseConfig, ModelConfig, load_config
 
 PROJECT = "llm-foundry-finetune"
 # An epoch is 12 steps here: a run of 30 crosses three of them. 17 held-out rows are unequal shares for two ranks.
@@ -135,6 +135,9 @@ def test_packed_documents_train_as_a_plain_loop_trains_them_unpacked(tmp_path, f
     found = [r for r in metrics(tmp_path / "run") if "loss" in r]
     assert [r["loss"] for r in found] == pytest.approx(expected["losses"], rel=1e-5)
     assert [r["grad_norm"] for r in found] == pytest.approx(expected["grad_norms"], rel=1e-4)
+    cfg = load_config(BaseConfig, REPOSITORY / "pytorch-ddp/smoke.yaml", settings)
+    rows, _ = data.tokenized_rows(cfg.data, cfg.seed, models.load_tokenizer(cfg.model))
+    assert [r["tokens"] for r in found] == [step.tokens for step in data.step_loader(rows, cfg, 0, 0, 1)]
     assert held_out(tmp_path / "run")[-1] == pytest.approx(expected["eval_loss_after"], rel=1e-5)
     rows = json.loads((tmp_path / "run/summary.json").read_text())["data"]["training"]
     assert rows["filled"] > 0.95 and rows["blocks"] < rows["kept"]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import subprocess
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, REPOSITORY, refused
 from families import tiny_config
-from launching import EQUAL, assert_close, error_line, losses, run
+from launching import EQUAL, PYTHON, assert_close, environment, error_line, losses, run
 from transformers import AutoConfig
 
 from bench import plain_loop
@@ -327,7 +328,7 @@ def test_a_packed_run_has_the_losses_of_a_plain_loop_that_packs_nothing(
 
 
 @pytest.mark.slow
-def test_a_packed_run_that_was_stopped_resumes_with_its_blocks(tmp_path):
+def test_a_packed_run_that_was_stopped_resumes_with_its_blocks_and_is_evaluated_unpacked(tmp_path):
     settings = [*PACKED, "checkpoint.every=3"]
     run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'whole'}")
     run("pytorch-ddp", *settings, "runtime.max_hours=0.00001", f"output_dir={tmp_path / 'stopped'}")
@@ -335,6 +336,15 @@ def test_a_packed_run_that_was_stopped_resumes_with_its_blocks(tmp_path):
     run("pytorch-ddp", *settings, f"output_dir={tmp_path / 'stopped'}", processes=1)
     assert_close(losses(tmp_path / "stopped"), losses(tmp_path / "whole"), 1e-5)
     before, after = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "stopped"))
+    evaluate = [PYTHON, "pytorch-ddp/eval.py", "--config", "smoke.yaml", *settings, f"output_dir={tmp_path / 'whole'}"]
+    done = subprocess.run(
+        [*evaluate, "eval.samples=0", "eval.generate_rows=0"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "whole/eval.json").read_text())
+    assert figures["base"]["loss"] == pytest.approx(before["eval_loss_before"], rel=1e-6)
+    assert figures["fine_tuned"]["loss"] == pytest.approx(before["eval_loss_after"], rel=1e-6)
     assert before["data"] == after["data"] and before["data"]["training"]["blocks"]
     with_another = run("pytorch-ddp", *settings, "data.packing=none", f"output_dir={tmp_path / 'whole'}", exit_code=2)
     assert "data.packing" in error_line(with_another)
