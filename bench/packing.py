@@ -35,7 +35,7 @@ SETTINGS = {
         ["pytorch-ddp", "pytorch-fsdp"],
     ),
     "bf16": (
-        (32, 16),
+        (32, 8),
         ["train.precision=bf16", "train.activation_checkpointing=false", "train.max_steps=30"],
         ["pytorch-ddp", "pytorch-fsdp"],
     ),

@@ -1,10 +1,12 @@
-"""Attention that stays inside a document, for blocks of several (common/packing.py), on every kernel that SDPA has.
+"""Attention that stays inside each document of a block (common/packing.py), with every kernel of SDPA that takes a mask.
 
-One mask a batch, [batch, 1, length, length], is added to the attention's scores: 0 for a key of the same document that
-is not later, the smallest number for any other. Every kernel but flash attention takes it, on a T4 the memory-efficient
-one. transformers can find documents by itself where positions restart, but not in every version and family that is
-trained here, and one that does not attends across them without a word. So the mask is explicit, and `check_documents`
-compares, before training, what a small copy of the model makes of a block and of its documents alone.
+The mask [batch, 1, length, length] is made once per micro-batch and added to the scores of all layers: 0 for a key of
+the same document that is not later, else the smallest number. A boolean mask would be turned into this form in every
+layer. The memory-efficient kernel, which a T4 has, takes it as it is; the flash kernel takes none.
+
+transformers finds documents by itself where positions restart, but not in every version and family that is trained
+here; one that does not would attend across them silently. So the mask is explicit, and `check_documents` compares,
+before training, what a small copy of the model computes for a block and for each of its documents alone.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from common.small_model import small_copies
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Settings of families that let a token attend to those near it only, as their masks ensure.
+# Settings that limit attention to nearby tokens, by the family's own mask, which ours replaces.
 WINDOWS = ("sliding_window", "attention_chunk_size")
 SMALL_WINDOW = 3
-TRIED = (1, 6, 2, 1, 9, 1)  # tokens of documents in a block
+TRIED = (1, 6, 2, 1, 9, 1)  # lengths of the documents in the block that is tried
 
 
 def document_inputs(model: nn.Module, position_ids: Tensor | None) -> dict[str, Tensor]:
@@ -51,16 +53,16 @@ def document_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     batch, length = position_ids.shape
     document = (position_ids == 0).cumsum(-1)
     seen = (document[:, :, None] == document[:, None, :]).tril_()
-    # CUDA kernels want rows that begin at a multiple of 8, and would copy the mask in every layer.
+    # Rows that do not begin at a multiple of 8 would be copied by CUDA's kernels in every layer.
     rows = torch.zeros(batch, 1, length, -(-length // 8) * 8, dtype=dtype, device=position_ids.device)
     return rows[..., :length].masked_fill_(~seen[:, None], torch.finfo(dtype).min)
 
 
 def restart_alibi(model: nn.Module) -> None:
-    """Let BLOOM count its linear biases from each document's start; for a row that is not packed, nothing changes.
+    """Let BLOOM count its linear biases from each document's start; nothing changes for a row that is not packed.
 
-    Counted from the block's start, they are the same up to a constant, which softmax ignores. But it may be hundreds,
-    and takes the last digits of the scores, in 16 bits most of them.
+    Counted from the block's start they are the same up to a constant, which softmax ignores. But a constant of hundreds
+    takes digits from the scores, in 16 bits most of them.
     """
     decoder = model.base_model
     if not hasattr(type(decoder), "build_alibi_tensor"):
@@ -70,7 +72,7 @@ def restart_alibi(model: nn.Module) -> None:
         build = functools.partial(type(decoder).build_alibi_tensor, decoder)
         if attention_mask.dim() == 2:  # as in generation
             return build(attention_mask, heads, dtype)
-        position = (attention_mask == 0).sum(-1) - 1  # [batch, 1, length]: as many keys of its document came before
+        position = (attention_mask == 0).sum(-1) - 1  # [batch, 1, length]: keys seen before its own
         alibi = build(torch.ones_like(position[:, 0]), heads, dtype)  # [batch × heads, 1, length]
         return alibi.gather(-1, position.repeat_interleave(heads, 0))
 

@@ -1,20 +1,20 @@
 """Whole documents side by side in blocks: `data.packing=documents`.
 
-    block 0   │ document 7 ················ │ document 2 ······ │ 5 · │    <- each place attends to its own document
+    block 0   │ document 7 ················ │ document 2 ······ │ 5 · │    each token attends to its own document only
     positions │ 0 1 2 3 4 5 6 7 8 9 10 11 … │ 0 1 2 3 4 5 6 7 … │ 0 1 │       (common/document_attention.py)
 
 A document is a row as `tokenize` gives it: a text, a prompt with its response, or a conversation, cut at
 `data.max_length`. It trains as it would alone. Positions restart, attention stays inside the document, and its first
 token is never a target, so that the loss of a block is the sum of the losses of its documents.
 
-A block is one sequence of the global batch: `train.global_batch_size=16` takes 16 blocks a step, and so more documents
-than unpacked. Blocks are packed once, from the rows in their order, which the seed decides. From there they are what
-rows are otherwise: shuffled by seed and epoch, sorted by length in a step, distributed to the ranks. N ranks see
-exactly the blocks that one would, and the place to resume from is a function of the step. Loss and gradients are
+A block is one sequence of the global batch: `train.global_batch_size=16` takes 16 blocks per step, and so more
+documents than unpacked. Blocks are packed once, from the rows in the order that the seed decides. From then on they are
+treated as rows: shuffled by seed and epoch, sorted by length within a step, distributed to the ranks. N ranks see
+exactly the blocks that one would, and the position to resume from is a function of the step. Loss and gradients are
 divided by the number of target tokens of the global batch, as always.
 
-Blocks are stored without padding. A micro-batch is padded to its longest block, where each place of padding is a
-document by itself. Rows held out are never packed.
+Blocks are stored without padding. A micro-batch is padded to its longest block, and each padded place counts as a
+document of one token. Held-out rows are never packed.
 """
 
 from __future__ import annotations

@@ -96,6 +96,16 @@ FAULTS = [
           "pipeline -k those_of_ddp and tied-2-2-2"),
     Fault("offload forgets clipping", "common/ds_settings.py", "cfg.train.max_grad_norm,  # 0: none", "0.0,", "",
           "offload -k those_of_ddp and 2-2"),
+    Fault("packed documents see those before them", "common/document_attention.py", "(document[:, :, None] == document[:, None, :]).tril_()",
+          "(document[:, :, None] >= document[:, None, :]).tril_()", "packing"),
+    Fault("positions run on through a block", "common/packing.py", "    return Blocks(tokens[source], labels, positions.astype(np.int32),",
+          "    return Blocks(tokens[source], labels, np.arange(len(tokens), dtype=np.int32),", "packing"),
+    Fault("a document's first token is learned from the one before", "common/packing.py", "np.where(positions == 0, IGNORE, labels[source])",
+          "np.where(positions < 0, IGNORE, labels[source])", "packing"),
+    Fault("a stage keeps the mask of the micro-batch before", "deepspeed-pipeline/stages.py", "hidden.dtype, id(documents)",
+          "hidden.dtype, documents is None", "", "packing -k a_plain_loop and pipeline and qwen2"),
+    Fault("Foundry attends across documents", "llm-foundry-finetune/run_callback.py", "document_inputs(state.model.model, batch.pop(\"position_ids\", None))",
+          "document_inputs(state.model.model, None)", "", "foundry -k packed_documents and qwen2"),
 ]  # fmt: skip
 
 
