@@ -3,8 +3,8 @@
     python bench/agreement.py                 # results/agreement/losses.json; two CPU processes, two minutes
     python bench/agreement.py --only trl      # one of them, and no record
 
-Needs TRL and Lightning, in a folder of their own (bench/peers.txt). A global batch of 16 rows is 2 ranks × 2
-micro-batches × 4 rows, and prompts are no targets: so no two micro-batches have the same number of targets. The exact
+Needs TRL and Lightning, in a folder of their own (bench/peers/requirements.txt). A global batch of 16 rows is 2 ranks
+× 2 micro-batches × 4 rows, and prompts are no targets: so no two micro-batches have as many targets. The exact
 gradient is that of the mean over all targets of the global batch. A loop that averages the means of micro-batches, or
 of ranks, weighs the tokens of short answers more. With `--equal`, the control, all rows have equally many targets, and
 all loops agree.
@@ -308,7 +308,9 @@ def main() -> None:
         name, folder = arguments.loop
         return LOOPS[name][2](Path(folder))
     if not (PEERS / "trl").is_dir() and {"trl", "lightning"} & {*(arguments.only or LOOPS)}:
-        parser.error("TRL and Lightning are missing: pip install --no-deps --target build/peers -r bench/peers.txt")
+        parser.error(
+            "TRL and Lightning are missing: pip install --no-deps --target build/peers -r bench/peers/requirements.txt"
+        )
     sys.path.append(str(PEERS))
     record = {
         "date": datetime.date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""Attention that stays inside each document of a block (common/packing.py), with every kernel of SDPA that takes a mask.
+"""Attention that stays inside each document of a block (common/packing.py), by every kernel of SDPA that takes a mask.
 
 The mask [batch, 1, length, length] is made once per micro-batch and added to the scores of all layers: 0 for a key of
 the same document that is not later, else the smallest number. A boolean mask would be turned into this form in every

@@ -72,7 +72,7 @@ FAULTS = [
           "yield batch[: len(batch) // self.world_size].tolist()", "data"),
     Fault("held-out rows are trained", "common/data.py", "order[: data.eval_rows]), order[data.eval_rows :]",
           "order[: data.eval_rows]), order", "data"),
-    Fault("padding is a target", "common/data.py", "padding_value=IGNORE", "padding_value=pad_id", "data"),
+    Fault("padding is a target", "common/data.py", '"labels": IGNORE, "position_ids"', '"labels": pad_id, "position_ids"', "data"),
     Fault("bits per byte in nats", "common/evaluation.py", "total / math.log(2) / max(text_bytes, 1)", "total / max(text_bytes, 1)", "evaluation"),
     Fault("bf16 on a T4", "common/runtime.py", "name = \"bf16\" if capability >= (8, 0) else \"fp16\"",
           "name = \"bf16\" if capability >= (7, 0) else \"fp16\"", "runtime"),

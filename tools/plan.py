@@ -107,7 +107,8 @@ def check(project: str, cfg: BaseConfig) -> None:
     check_dataset(cfg)
     place = models.located(cfg.model).name
     model = models.empty_model(cfg.model)  # refuses what is gated, cannot be reached, or is no model
-    print(f"{'model':15} {cfg.model.name}" + (f", attached: {place}" if Path(place).is_dir() else ""))
+    is_attached = is_hub_id(cfg.model.name) and Path(place).is_dir()
+    print(f"{'model':15} {cfg.model.name}" + (f", attached: {place}" if is_attached else ""))
     check_memory(project, cfg, model, machine)
     check_disk(project, cfg, model, published=None if Path(place).is_dir() else place)
     seconds = estimate(project, cfg, model, machine)
