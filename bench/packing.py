@@ -6,7 +6,8 @@
     python bench/packing.py --blocks smollm2 gsm8k-train.jsonl                     # blocks next to TRL's; no GPU
 
 FOLDER is made by bench/real_shapes.py; the file has lines of `prompt` and `response`. Padded rows are measured with the
-settings of the blocks, and with as many rows per batch as these hold. TRL is in a folder of its own (bench/peers/requirements.txt).
+settings of the blocks, and with as many rows per batch as these hold. TRL has a folder of its own: see
+bench/peers/requirements.txt.
 """
 
 import datetime
