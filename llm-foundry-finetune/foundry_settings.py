@@ -43,7 +43,7 @@ OWNED = {
     "load_path": "${variables.run.checkpoint}",
     "callbacks.gradient_norm.max_norm": "${variables.train.max_grad_norm}",
 }
-# Without the third, attention would cross packed documents.
+# Without the last, attention would cross packed documents.
 NEEDED = ("callbacks.gradient_norm", "callbacks.run_folder", "callbacks.document_attention")
 
 

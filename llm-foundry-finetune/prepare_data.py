@@ -1,5 +1,4 @@
-"""Rows of any prompt-response data as LLM Foundry reads them: JSON lines of `prompt`, `response` and their tokens; with
-data.packing=documents a line is a block, the tokens of several rows.
+"""Rows of any prompt-response data as LLM Foundry reads them: JSON lines of `prompt`, `response` and their tokens.
 
     python llm-foundry-finetune/prepare_data.py [--config FILE] [key=value ...]
 
@@ -7,7 +6,8 @@ writes `foundry/train.jsonl` and `foundry/eval.jsonl` into the run folder. train
 
 The training file holds the rows in the order of training, step by step and epoch after epoch, so that Foundry, which
 does not shuffle it, sees in each step the very rows that the other projects see. It sees the very tokens, too: Foundry
-would tokenize prompt and response apart, which gives others if a token crosses their border.
+would tokenize prompt and response apart, which gives others if a token crosses their border. With
+data.packing=documents a line is a block, and has the tokens of several rows.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def check_data_settings(cfg: Config) -> None:
         )
     if cfg.data.packing == "wrapped":
         raise UserError(
-            "data.packing=wrapped: LLM Foundry is given whole rows, and does not cut them into blocks: set it to "
+            "data.packing=wrapped: LLM Foundry takes whole rows, which it does not cut into blocks: set it to "
             "documents or none"
         )
     if cfg.data.packing == "documents" and cfg.foundry.packing_ratio > 1:
         raise UserError(
-            f"foundry.packing_ratio={cfg.foundry.packing_ratio:g}: Foundry would pack blocks that "
-            f"data.packing=documents has packed: set one of them, to 1 or to none"
+            f"foundry.packing_ratio={cfg.foundry.packing_ratio:g}: data.packing=documents packs the rows already: set "
+            f"foundry.packing_ratio=1, or data.packing=none"
         )
 
 

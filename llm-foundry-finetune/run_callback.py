@@ -1,8 +1,8 @@
 """What this project adds to Composer's loop: three callbacks, registered with LLM Foundry by train.py.
 
-`GradientNorm` measures and clips, and fixes the sum of gradients on a CPU. `DocumentAttention` is for blocks of several
-documents. `RunFolderCallback` writes the run folder,
-checkpoints and stops cleanly, as the loops of the other projects do by themselves.
+`GradientNorm` measures and clips, and fixes the sum of gradients on a CPU. `DocumentAttention` masks what Foundry does
+not. `RunFolderCallback` writes the run folder, checkpoints and stops cleanly, as the loops of the other projects do by
+themselves.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _average_on_cpu(model: torch.nn.Module) -> None:
 
 
 class DocumentAttention(Callback):
-    """Keeps attention inside each document of a block: gives the model the mask of a micro-batch that has several.
+    """Keeps attention inside each document of a packed block, by the mask and the positions of the micro-batch.
 
-    Foundry's own packing counts their positions from the block's start, and its Hugging Face models attend across them.
+    Foundry's own packing gives Hugging Face's models neither: they count from the block's start and attend across rows.
     """
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -75,7 +75,7 @@ class DocumentAttention(Callback):
 
     def before_forward(self, state: State, logger: Logger) -> None:
         batch = dict(state.batch)
-        with get_precision_context(state.precision, state.precision_config):  # whose type the mask gets
+        with get_precision_context(state.precision, state.precision_config):  # the mask gets its type
             inputs = document_inputs(state.model.model, batch.pop("position_ids", None))
         state.batch = batch | inputs
 
@@ -87,9 +87,8 @@ def collate_documents(dataloader_cfg: dict, tokenizer, dataset_batch_size: int) 
     def with_positions(examples: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(examples)
         if any(len(example["turns"]) > 1 for example in examples):
-            batch["position_ids"] = torch.zeros_like(
-                batch["input_ids"]
-            )  # padding: each place a document, as in `collate`
+            # 0 at every padded place, each of which is a document by itself, as in the other projects.
+            batch["position_ids"] = torch.zeros_like(batch["input_ids"])
             for positions, example in zip(batch["position_ids"], examples, strict=True):
                 lengths = [len(turn["input_ids"]) + len(turn["labels"]) for turn in example["turns"]]
                 positions[: sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])

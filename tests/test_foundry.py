@@ -434,7 +434,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
         "packing": (["data.packing=wrapped"], ["data.packing=wrapped", "documents", "none"]),
         "packed twice": (
             ["data.packing=documents", "foundry.packing_ratio=2"],
-            ["foundry.packing_ratio=2", "data.packing=documents", "to 1"],
+            ["foundry.packing_ratio=2", "data.packing=documents", "foundry.packing_ratio=1"],
         ),
         "packed family": (["data.packing=documents", f"model.name={tmp_path}/mamba"], ["documents", "Mamba"]),
         "precision": (["train.precision=bf16"], ["train.precision=bf16", "auto"]),
