@@ -63,7 +63,9 @@ def places(run: Path) -> dict:
     tokenizer = models.load_tokenizer(cfg.model)
     rows = data.tokenize(data.load_rows(cfg.data, cfg.seed)[0], cfg.data, tokenizer)
     ranks = read_json(run / "environment.json")["world_size"]
-    steps = [step for rank in range(ranks) for step in data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, ranks)]
+    loaders = [data.step_loader(rows, cfg, tokenizer.pad_token_id, rank, ranks) for rank in range(ranks)]
+    # Not by iterating: a loader pins its batches, and this process must hold no memory of a GPU.
+    steps = [loader.collate_fn([rows[i] for i in chosen]) for loader in loaders for chosen in loader.batch_sampler]
     tokens = sum(step.tokens for step in steps)
     return {"tokens": tokens, "filled": tokens / sum(m["labels"].numel() for step in steps for m in step.micro_batches)}
 
