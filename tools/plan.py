@@ -196,8 +196,9 @@ def estimate(project: str, cfg: BaseConfig, model: PreTrainedModel, machine: Mac
         return None
     parameters = sum(p.numel() for p in model.parameters())
     padded = PADDED if train.micro_batch_size > 1 else 1
-    length = data.max_length if data.packing == "wrapped" else min(data.max_length, average * padded)
-    sequences = rows * average / data.max_length if data.packing == "wrapped" else rows
+    packed = data.packing != "none"
+    length = data.max_length if packed else min(data.max_length, average * padded)
+    sequences = rows * average / data.max_length if packed else rows
     steps = train.max_steps or sequences * train.epochs / train.global_batch_size
 
     gpus = 1 if project == "ray-tune" else machine.gpus  # a trial has one
