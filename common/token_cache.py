@@ -176,7 +176,9 @@ def _write(folder: Path, rows: dict[str, Rows]) -> None:
             for name, array in arrays.items():
                 file = scratch / f"{part}-{name}.npy"
                 with open(file, "wb", opener=_private) as writer:
-                    np.save(writer, array)
+                    # Not `np.save`, which overlooks that a disk is full.
+                    np.lib.format.write_array_header_1_0(writer, np.lib.format.header_data_from_array_1_0(array))
+                    writer.write(array.data)
                     writer.flush()
                     os.fsync(writer.fileno())  # else a crash of the machine may leave a renamed folder of empty files
                 digests[name] = digest_of_file(file)
