@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -307,20 +308,42 @@ def cached_rows(
         rows = tokenize(training, data, tokenizer, show_progress=shown)
         return {"training": rows, "held_out": tokenize(held_out, data, tokenizer, packing="none")}
 
-    return token_cache.made_once(_identity(data, seed, tokenizer), make, TokenizedRows, is_main=show_progress)
+    identity = None  # a slow tokenizer does not say what it is
+    if tokenizer.is_fast:
+        identity = _identity(data, seed) | {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+        }
+    return token_cache.made_once(identity, make, TokenizedRows, is_main=show_progress)
 
 
-def _identity(data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any] | None:
-    """All that the tokens depend on but this program; None for a slow tokenizer, which does not say what it is."""
-    if not tokenizer.is_fast:
-        return None
+def held_out_rows(data: DataConfig, seed: int, *, is_main: bool) -> datasets.Dataset:
+    """The held-out rows of `load_rows`, from the cache of this machine: an evaluation need not read all rows again."""
+    import datasets
+
+    def make(_: bool) -> dict[str, _Table]:
+        table = load_rows(data, seed)[1].with_format("arrow")[:]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        return {"held_out": _Table(np.frombuffer(sink.getvalue(), np.uint8))}
+
+    kept = token_cache.made_once(_identity(data, seed) | {"what": "held-out rows"}, make, _Table, is_main=is_main)
+    return datasets.Dataset(pa.ipc.open_stream(pa.py_buffer(kept["held_out"].stream)).read_all())
+
+
+@dataclass
+class _Table:
+    stream: np.ndarray  # uint8: rows in Arrow's streaming format
+
+
+def _identity(data: DataConfig, seed: int) -> dict[str, Any]:
+    """All that the rows of `load_rows` depend on but this program."""
     return {
         "settings": asdict(replace(data, name="")),  # under another name they are the same rows
         "rows": [_find_split(data, split).digest(data) for split in _splits(data)],
         "seed": seed,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "chat_template": tokenizer.chat_template,
     }
 
 

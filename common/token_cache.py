@@ -1,10 +1,12 @@
-"""Tokenized rows on disk: made once per machine, then memory-mapped by all ranks, later runs and trials.
+"""Tokenized rows on disk: made once per machine, then memory-mapped by all ranks and later runs.
 
-    HF_HOME/multi-gpu-fine-tuning/tokens-<key>/     only its owner may read it: the rows may be private
+    HF_HOME/multi-gpu-fine-tuning/rows-<key>/     only its owner may read it: the rows may be private
         training-tokens.npy  training-labels.npy  held_out-tokens.npy  …
-        rows.json                                   the counts of the rows, and a digest of each file
+        rows.json                                 the counts of the rows, and a digest of each file
 
-The key is a digest of everything that the tokens depend on: the content of the rows and of the tokenizer, the settings,
+eval.py keeps the held-out rows themselves in the same way.
+
+The key is a digest of everything that an entry depends on: the content of the rows and of the tokenizer, the settings,
 this program and its libraries. A name, a path or a time of change is not part of it.
 
 The first process that misses an entry makes it, and the other ones wait for its lock. The system releases the lock when
@@ -57,7 +59,7 @@ def made_once(
     limit = _limit()
     if identity is None or not limit:
         return make(is_main)
-    folder = cache_folder() / f"tokens-{digest(identity, _program())}"
+    folder = cache_folder() / f"rows-{digest(identity, _program())}"
     if found := _read(folder, kind):
         return found
     with contextlib.ExitStack() as until_made:
@@ -195,10 +197,10 @@ def _write(folder: Path, rows: dict[str, Rows]) -> None:
 def _remove_oldest(new: Path, limit: float) -> None:
     """Remove the least recently used entries until all take `limit` bytes, but none in use, nor `new`."""
     with contextlib.suppress(OSError):  # another process may be removing them, too
-        for scratch in new.parent.glob(".writing-tokens-*"):
+        for scratch in new.parent.glob(".writing-rows-*"):
             if scratch.stat().st_mtime < time.time() - 24 * 3600:  # its process was killed
                 shutil.rmtree(scratch, ignore_errors=True)
-        entries = sorted(new.parent.glob("tokens-*/"), key=lambda entry: entry.stat().st_mtime, reverse=True)
+        entries = sorted(new.parent.glob("rows-*/"), key=lambda entry: entry.stat().st_mtime, reverse=True)
         taken = 0
         for entry in [new, *(entry for entry in entries if entry != new)]:
             taken += sum(file.stat().st_size for file in entry.iterdir())

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from common import data as data_module
 from common import token_cache
 from common.config import BaseConfig, DataConfig, ModelConfig
-from common.data import TokenizedRows, load_rows, step_loader, tokenize, tokenized_rows
+from common.data import TokenizedRows, held_out_rows, load_rows, step_loader, tokenize, tokenized_rows
 from common.models import load_tokenizer
 
 TEXTS = [f"row {i}: " + "some words to learn " * (i % 7) for i in range(60)]
@@ -70,7 +70,7 @@ def settings(name: Path | str, **keys) -> DataConfig:
 
 
 def entries(home: Path) -> list[Path]:
-    return sorted(home.glob("tokens-*/"))
+    return sorted(home.glob("rows-*/"))
 
 
 def assert_equal(ours: TokenizedRows, theirs: TokenizedRows) -> None:
@@ -152,6 +152,18 @@ def test_rows_that_datasets_reads_are_known_by_their_values(tmp_path):
     assert token_cache.digest_of_table(nested) == token_cache.digest_of_table(
         datasets.Dataset.from_list(ROWS).data.table
     )
+
+
+@pytest.mark.parametrize("kind", ["file", "pydoc"])
+def test_an_evaluation_finds_the_held_out_rows(rows_file, made, home, kind):
+    data = settings(rows_file if kind == "file" else "pydoc", format="messages")
+    _, expected = load_rows(data, 1)
+    for _ in range(2):
+        rows = held_out_rows(data, 1, is_main=True)
+        assert rows.to_list() == expected.to_list() and len(rows) == 10
+        assert rows.features == expected.features
+    assert len(made) == len(entries(home)) == 1
+    assert held_out_rows(data, 2, is_main=True).to_list() != expected.to_list()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "foreign", "missing", "index", "not ours"])
