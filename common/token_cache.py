@@ -17,6 +17,7 @@ whenever it is opened. If nothing can be written, every process keeps rows of it
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -77,7 +78,11 @@ def made_once(
             _warn(folder, error, is_main)
             return made
         _remove_oldest(folder, limit)
-        return _read(folder, kind) or made
+        if not (found := _read(folder, kind)):
+            return made
+        del made
+        _release_memory()
+        return found
 
 
 def wait_for_all_ranks(succeeded: bool) -> None:
@@ -192,6 +197,13 @@ def _write(folder: Path, rows: dict[str, Rows]) -> None:
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _release_memory() -> None:
+    """Give what the rows took as Python and Arrow objects back to the system; the allocators would keep most of it."""
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _remove_oldest(new: Path, limit: float) -> None:
