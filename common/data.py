@@ -15,7 +15,7 @@ import re
 import string
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import chain
@@ -81,15 +81,17 @@ class Split(NamedTuple):
     """The rows of a split, not read yet."""
 
     read: Callable[[], datasets.Dataset]
-    files: list[Path] | None  # that hold them; None if they come from elsewhere
+    files: Sequence[tuple[str, Path]] = ()  # those that hold them, if they are read here, each with its split's name
+    delimiter: str | None = None  # of these files, if it is not their suffix's
 
     def digest(self, data: DataConfig) -> str:
         """Equal for equal rows, whatever their files are called and when they were written."""
-        if self.files is None:
-            table, (texts, others) = self.read().data.table, _columns(data)
-            used = [name for name in table.column_names if name in {*texts.values(), *others}]
-            return token_cache.digest_of_table(table.select(used))
-        return token_cache.digest(*((path.suffixes, token_cache.digest_of_file(path)) for path in self.files))
+        if self.files:
+            files = [(part, path.suffixes[-2:], token_cache.digest_of_file(path)) for part, path in self.files]
+            return token_cache.digest(files, self.delimiter)
+        table, (texts, others) = self.read().data.table, _columns(data)
+        used = [name for name in table.column_names if name in {*texts.values(), *others}]
+        return token_cache.digest_of_table(table.select(used))
 
 
 def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
@@ -109,11 +111,11 @@ def _find_split(data: DataConfig, split: str) -> Split:
     is_path = path.is_absolute() or data.name.startswith(("./", "../")) or format_of(path) is not None
     if data.name == "pydoc":
         pydoc = functools.cache(lambda: datasets.Dataset.from_list(pydoc_data.rows()))
-        found = Split(pydoc, None) if split == "train" else None
+        found = Split(pydoc) if split == "train" else None
     elif path.is_file():
         if format_of(path) is None:
             raise UserError(f"data.name={data.name}: a file's name must end with one of {READABLE}")
-        found = Split(lambda: _read(data, [path]), [path]) if split == "train" else None
+        found = Split(lambda: _read(data, [path]), [(split, path)]) if split == "train" else None
     elif path.exists() and not path.is_dir():
         raise UserError(f"data.name={data.name} is neither a file nor a folder")
     elif is_path and not path.exists():
@@ -154,7 +156,7 @@ def _find_with_datasets(data: DataConfig, split: str) -> Split:
         is_ours &= all(format_of(Path(file)) for part in files.values() for file in part)
         if not is_ours or getattr(builder.config, "field", None):
             rows = datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
-            return Split(lambda: rows, None)
+            return Split(lambda: rows)
         splits = re.findall(r"(?:^|[+])(\w[\w.-]*)", split)
         if unknown := [part for part in splits if part not in files]:
             raise UserError(f"data.name={data.name} has no split {unknown[0]}: its splits are {', '.join(files)}")
@@ -175,7 +177,7 @@ def _find_with_datasets(data: DataConfig, split: str) -> Split:
         chosen = [parts[each.splitname].select(range(sizes[each.splitname])[each.from_ : each.to]) for each in slices]
         return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
 
-    return Split(read, [path for part in splits for path in paths[part]])
+    return Split(read, [(part, path) for part in splits for path in paths[part]], delimiter)
 
 
 def _downloaded(file: str) -> Path:

@@ -38,10 +38,12 @@ import torch.distributed as dist
 import xxhash
 
 from common.errors import UserError
-from common.files import cache_folder
+from common.files import cache_folder, remove
 
 VARIABLE = "TOKEN_CACHE_GB"
 DEFAULT_GB = 20.0
+DAY = 24 * 3600
+MOST_DAYS = 30  # that an entry is kept without being used
 INDEX = "rows.json"
 LIBRARIES = ("transformers", "tokenizers", "datasets", "pyarrow", "jinja2")  # whose versions may change tokens
 PATIENCE = timedelta(hours=12)  # for the slowest machine
@@ -207,16 +209,20 @@ def _release_memory() -> None:
 
 
 def _remove_oldest(new: Path, limit: float) -> None:
-    """Remove the least recently used entries until all take `limit` bytes, but none in use, nor `new`."""
+    """Remove the least recently used entries until all take `limit` bytes, and those of long ago.
+
+    None in use, nor `new`. Also what processes that failed or were killed have left.
+    """
+    now = time.time()
     with contextlib.suppress(OSError):  # another process may be removing them, too
-        for scratch in new.parent.glob(".writing-rows-*"):
-            if scratch.stat().st_mtime < time.time() - 24 * 3600:  # its process was killed
-                shutil.rmtree(scratch, ignore_errors=True)
+        for left in (*new.parent.glob(".writing-rows-*"), *new.parent.glob("rows-*.lock")):
+            if left.stat().st_mtime < now - DAY:
+                remove(left)
         entries = sorted(new.parent.glob("rows-*/"), key=lambda entry: entry.stat().st_mtime, reverse=True)
         taken = 0
         for entry in [new, *(entry for entry in entries if entry != new)]:
             taken += sum(file.stat().st_size for file in entry.iterdir())
-            if taken > limit and entry != new:
+            if entry != new and (taken > limit or entry.stat().st_mtime < now - MOST_DAYS * DAY):
                 _remove_unless_used(entry)
 
 

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def test_rows_that_datasets_reads_are_known_by_their_values(tmp_path):
     )
 
 
+def test_which_split_a_file_belongs_to_is_part_of_the_key(tmp_path, made):
+    for names in (("train-0", "train-1", "test-0"), ("train-0", "test-0", "test-1")):  # the same files, in one order
+        folder = tmp_path / names[1]
+        folder.mkdir()
+        for name, start in zip(names, (0, 20, 40), strict=True):
+            write(folder / f"{name}.jsonl", ROWS[start : start + 20])
+        rows, _ = tokenized_rows(settings(folder, split="train[:15]+test"), 1, tokenizer_of())
+        assert len(rows) == 15 + 20 * sum(name.startswith("test") for name in names) - 10
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("kind", ["file", "pydoc"])
 def test_an_evaluation_finds_the_held_out_rows(rows_file, made, home, kind):
     data = settings(rows_file if kind == "file" else "pydoc", format="messages")
@@ -298,6 +310,20 @@ def test_the_cache_is_bounded_and_spares_what_is_in_use(rows_file, home, monkeyp
         assert first in entries(home), "another process has it mapped"
     tokenized_rows(settings(rows_file, max_length=22), 1, tokenizer_of())
     assert first not in entries(home) and not first.with_suffix(".lock").exists()
+
+
+def test_what_was_not_used_for_long_goes(rows_file, home):
+    tokenized_rows(settings(rows_file), 1, tokenizer_of())
+    (old,) = entries(home)
+    home.joinpath(".writing-rows-x").mkdir()  # of a process that was killed
+    home.joinpath("rows-x.lock").touch()
+    old = old.rename(home / "rows-old")  # this process has the other one open
+    shutil.copytree(old, home / "rows-unused")
+    left = [home / name for name in (".writing-rows-x", "rows-x.lock", "rows-unused")]
+    for path in left:
+        os.utime(path, (0, 0))
+    tokenized_rows(settings(rows_file, max_length=20), 1, tokenizer_of())
+    assert old.exists() and not any(path.exists() for path in left)
 
 
 def hold(index: Path) -> None:
