@@ -3,8 +3,8 @@
     python bench/agreement.py                 # results/agreement/losses.json; two CPU processes, two minutes
     python bench/agreement.py --only trl      # one of them, and no record
 
-Needs TRL and Lightning, in a folder of their own (bench/peers.txt). A global batch of 16 rows is 2 ranks × 2
-micro-batches × 4 rows, and prompts are no targets: so no two micro-batches have the same number of targets. The exact
+Needs TRL and Lightning, in a folder of their own (bench/peers/requirements.txt). A global batch of 16 rows is 2 ranks
+× 2 micro-batches × 4 rows, and prompts are no targets: so no two micro-batches have as many targets. The exact
 gradient is that of the mean over all targets of the global batch. A loop that averages the means of micro-batches, or
 of ranks, weighs the tokens of short answers more. With `--equal`, the control, all rows have equally many targets, and
 all loops agree.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -45,6 +44,8 @@ SETTINGS = [
 ]  # fmt: skip
 SHORTEST = 6  # targets of every row of the control
 PEERS = REPOSITORY / "build/peers"
+FOUNDRY = ("composer", "foundry")  # which run in LLM Foundry's own environment
+TRAINED = "trained.safetensors"
 
 
 class Rows(torch.utils.data.Dataset):
@@ -72,13 +73,13 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def start(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_pretrained(folder / "model").train()  # fp32, as written
 
 
 def finish(model: torch.nn.Module, folder: Path) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         state = {name: p.detach().contiguous().clone() for name, p in model.named_parameters()}
-        save_file(state, folder / "trained.safetensors")
+        save_file(state, folder / TRAINED)
 
 
 def ddp_tutorial(folder: Path) -> None:
@@ -199,12 +200,104 @@ def deepspeed_engine(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def deepspeed_pipeline(folder: Path) -> None:
+    """DeepSpeed's PipelineModule, a stage on each rank: modules in a row, a loss of a micro-batch, `train_batch`."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    model = start(folder)
+    llama = model.model
+
+    class Embedding(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = llama.embed_tokens
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.embedding(ids)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer, self.rotary = layer, llama.rotary_emb
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(hidden.shape[1])[None]
+            return self.layer(hidden, position_ids=positions, position_embeddings=self.rotary(hidden, positions))
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def head(embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ embedding.embedding.weight.T
+
+    deepspeed.init_distributed("gloo")
+    tied = {"typename": Embedding, "tied_weight_attr": "embedding.weight"}
+    first, last = TiedLayerSpec("embedding", **tied), TiedLayerSpec("embedding", **tied, forward_fn=head)
+    layers = [first, *(LayerSpec(Layer, layer) for layer in llama.layers), llama.norm, last]
+    pipeline = PipelineModule(layers, num_stages=RANKS, loss_fn=loss, partition_method="uniform")
+    settings = {
+        "train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION * RANKS,
+        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "weight_decay": 0, "torch_adam": True}},
+        "gradient_clipping": CLIP,
+    }  # fmt: skip
+    engine, _, _, _ = deepspeed.initialize(model=pipeline, model_parameters=pipeline.parameters(), config=settings)
+    longest = max(len(row["input_ids"]) for row in Rows(folder).rows)
+
+    def micro_batch(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        blank = {"input_ids": [0] * longest, "labels": [IGNORE] * longest}  # all micro-batches have one shape
+        batch = collate([*rows, blank])
+        return batch["input_ids"][:-1], batch["labels"][:-1]
+
+    batches = iter(DataLoader(Rows(folder), MICRO, collate_fn=micro_batch))
+    for _ in range(STEPS):
+        engine.train_batch(data_iter=batches)
+    mine = {id(parameter) for parameter in pipeline.parameters()}
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters() if id(p) in mine}
+    save_file(state, folder / f"stage-{dist.get_rank()}.safetensors")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        stages = [load_file(folder / f"stage-{rank}.safetensors") for rank in range(RANKS)]
+        save_file({name: tensor for stage in stages for name, tensor in stage.items()}, folder / TRAINED)
+    dist.destroy_process_group()
+
+
+def composer_trainer(folder: Path, **options) -> None:
+    """Composer's Trainer, which cuts a rank's batch into micro-batches."""
+    from composer import DataSpec, Trainer
+    from composer.algorithms import GradientClipping
+    from composer.models import HuggingFaceModel
+    from llmfoundry.data.utils import get_tokens_per_batch_func
+
+    model, rank = start(folder), int(os.environ["RANK"])
+    sampler = torch.utils.data.DistributedSampler(Rows(folder), num_replicas=RANKS, rank=rank, shuffle=False)
+    loader = DataLoader(Rows(folder), MICRO * ACCUMULATION, sampler=sampler, collate_fn=collate)
+    Trainer(
+        model=HuggingFaceModel(model), optimizers=torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0),
+        train_dataloader=DataSpec(loader, get_num_tokens_in_batch=get_tokens_per_batch_func()),
+        device_train_microbatch_size=MICRO, max_duration=f"{STEPS}ba", precision="fp32", device="cpu",
+        algorithms=[GradientClipping(clipping_type="norm", clipping_threshold=CLIP)], progress_bar=False, **options,
+    ).fit()  # fmt: skip
+    finish(model, folder)
+
+
+def foundry(folder: Path) -> None:
+    """LLM Foundry's default for how Composer adds up micro-batches."""
+    from llmfoundry.utils.config_utils import TrainConfig
+
+    default = TrainConfig.__dataclass_fields__["accumulate_train_batch_on_tokens"].default
+    composer_trainer(folder, accumulate_train_batch_on_tokens=default)
+
+
 # Each loop by name: the library whose version counts, its label, the loop.
 LOOPS = {
     "ddp": ("torch", "torch's DDP, loss ÷ micro-batches", ddp_tutorial),
     "accelerate": ("accelerate", "Accelerate's `accumulate`", accelerate_loop),
     "lightning": ("pytorch-lightning", "Lightning's Trainer", lightning),
     "deepspeed": ("deepspeed", "DeepSpeed's engine", deepspeed_engine),
+    "pipeline": ("deepspeed", "DeepSpeed's PipelineModule", deepspeed_pipeline),
+    "composer": ("mosaicml", "Composer's Trainer", composer_trainer),
+    "foundry": ("llm-foundry", "LLM Foundry's default", foundry),
     "hf-trainer": ("transformers", "transformers' Trainer", hf_trainer),
     "trl": ("trl", "TRL's SFTTrainer", trl),
 }
@@ -255,29 +348,33 @@ def ours(folder: Path) -> None:
     finish(model, folder)
 
 
+def python(name: str) -> str:
+    return str(REPOSITORY / ".venv-foundry/bin/python") if name in FOUNDRY else sys.executable
+
+
+def version_of(library: str, name: str) -> str:
+    code = f"import importlib.metadata as m, sys; sys.path.append({str(PEERS)!r}); print(m.version({library!r}))"
+    return subprocess.run([python(name), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def train(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """The weights after the loop `name`, run by torchrun."""
-    (folder / "trained.safetensors").unlink(missing_ok=True)
+    (folder / TRAINED).unlink(missing_ok=True)
     if name == "ours":
         ours(folder)
     else:
-        paths = [str(REPOSITORY), str(PEERS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(RANKS),
-            __file__,
-        ]
-        done = subprocess.run(
-            [*command, "--loop", name, str(folder)], env=os.environ | variables, capture_output=True, text=True
-        )
+        paths = [str(REPOSITORY), *([] if name in FOUNDRY else [str(PEERS)]), os.environ.get("PYTHONPATH", "")]
+        variables = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        torchrun = [python(name), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+        command = [*torchrun, __file__, "--loop", name, str(folder)]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {name} failed:\n{done.stderr[-3000:]}")
-    return load_file(folder / "trained.safetensors")
+    return load_file(folder / TRAINED)
 
 
 def distance(weights: dict, reference: dict, before: dict) -> float:
@@ -308,8 +405,9 @@ def main() -> None:
         name, folder = arguments.loop
         return LOOPS[name][2](Path(folder))
     if not (PEERS / "trl").is_dir() and {"trl", "lightning"} & {*(arguments.only or LOOPS)}:
-        parser.error("TRL and Lightning are missing: pip install --no-deps --target build/peers -r bench/peers.txt")
-    sys.path.append(str(PEERS))
+        parser.error(
+            "TRL and Lightning are missing: pip install --no-deps --target build/peers -r bench/peers/requirements.txt"
+        )
     record = {
         "date": datetime.date.today().isoformat(),
         "environment": runtime.describe_environment(RANKS, "fp32: as set"),
@@ -327,7 +425,7 @@ def main() -> None:
             weights = train(name, folder)
             library, label = LOOPS[name][:2] if name in LOOPS else ("", "`pytorch-ddp`")
             loss, apart = held_out_loss(folder, weights, held_out), distance(weights, reference, before)
-            version = importlib.metadata.version(library) if library else ""
+            version = version_of(library, name) if library else ""
             record["loops"][label] = {"version": version, "held_out_loss": loss, "weights": apart}
             print(
                 f"{label + ' ' + version:36} held-out loss {loss:.6f}, weights {apart:.1e} of their way apart",

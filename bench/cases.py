@@ -44,6 +44,7 @@ class Case:
     project: str = ""  # whose train.py; empty: the one that is measured
     launcher: str = "torchrun"  # or another of start_command's
     through: str = ""  # a program that runs train.py and watches it; its figures are JSON files in the run folder
+    look: Callable[[Path], dict] = lambda run: {}  # what else the record of a completed run takes from its folder
 
 
 def start_command(case: Case) -> tuple[list[str], list[str]]:
@@ -107,6 +108,8 @@ def run_case(project: str, name: str, case: Case, common_settings: list[str], sh
         machine = read_json(run / "environment.json")
         left = sorted([*run.glob("stage-times-*.json"), *run.glob("step-profile.json")])
         seen = {path.stem: read_json(path) for path in left}
+        if summary.get("status") == "completed":
+            seen |= case.look(run)
     if done.returncode:
         output = log.read_text(errors="replace")
         print(output[-3000:] + service_log())

@@ -25,6 +25,9 @@ CASES = {
     "speed-1gpu": Case("one GPU", SPEED, gpus=1),
     "speed-2gpu": Case("two GPUs, NVLink", SPEED),
     "speed-2gpu-ddp": Case("the same with DDP", SPEED, project="pytorch-ddp"),
+    "speed-2gpu-trl": Case(
+        "TRL's SFTTrainer, FSDP2", [*SPEED, "train.compile=false", "peer.fsdp=true"], project="bench/peers"
+    ),
     "speed-2gpu-zero2": Case("`reshard_after_forward=false`", [*SPEED, "fsdp.reshard_after_forward=false"]),
     "speed-2gpu-no-p2p": Case("two GPUs, no peer access (through host memory)", SPEED, variables=NO_P2P),
     "speed-2gpu-no-p2p-no-sync": Case("the same, `no_sync=true`", [*SPEED, "fsdp.no_sync=true"], variables=NO_P2P),

@@ -51,6 +51,13 @@ CASES = {
     "host-16-pageable": offload("16 × 512, nothing page-locked", [*settings(512, 16), "offload.page_lock=false"]),
     "host-16-torch-adamw": offload("16 × 512, PyTorch's AdamW", [*settings(512, 16), "offload.optimizer=torch"]),
     "two-gpus": offload("8 × 1,024 on each of two GPUs", settings(1024, 8, 16), gpus=2),
+    "trainer": Case(
+        "transformers' Trainer, ZeRO-2 offload, 16 × 1,024",
+        [*settings(1024, 16), "peer.trainer=transformers", "peer.deepspeed=zero2-offload"],
+        gpus=1,
+        as_t4=True,
+        project="bench/peers",
+    ),
     "bf16": offload("16 × 1,024, bf16", [*settings(1024, 16), "train.precision=bf16"], as_t4=False),
 }
 

@@ -19,6 +19,7 @@ import torch
 from common import data, models, runtime
 from common.config import BaseConfig, load_config
 from common.loss import IGNORE
+from common.packing import documents_of
 from common.schedule import lr_schedule
 
 
@@ -57,7 +58,7 @@ def train(config: Path, settings: list[str], seed: int | None = None) -> dict:
 
     losses, norms, before = [], [], evaluate()
     for indices in steps:
-        chosen = [rows[i] for i in indices]
+        chosen = [document for i in indices for document in documents_of(rows[i])]  # packed ones each by itself
         targets = sum(row["labels"][1:].ne(IGNORE).sum().item() for row in chosen)
         total = 0.0
         for start in range(0, len(chosen), cfg.train.micro_batch_size):

@@ -14,7 +14,7 @@ from cases import Case, measure
 
 T4 = ["train.precision=fp16", "runtime.gpu_memory_limit_gib=14.7", "train.max_steps=25", "data.eval_rows=64",
       "data.eval_split=", "data.train_rows=0", "data.max_length=512", "data.packing=wrapped",
-      "train.global_batch_size=16"]  # fmt: skip
+      "train.global_batch_size=16", "train.activation_checkpointing=true"]  # fmt: skip
 
 plain = partial(Case, launcher="deepspeed")
 
@@ -38,6 +38,12 @@ CASES = {
     ),
     "2gpu-micro-1-plain": plain("micro-batch 1, without Ray", micro(1)),
     "2gpu-micro-4-plain": plain("micro-batch 4, without Ray", micro(4)),
+    "2gpu-micro-4-fsdp": Case("`pytorch-fsdp`, micro-batch 4", micro(4), project="pytorch-fsdp"),
+    "2gpu-micro-4-trainer": Case(
+        "transformers' Trainer, ZeRO-3, micro-batch 4",
+        [*micro(4), "peer.trainer=transformers", "peer.deepspeed=zero3"],
+        project="bench/peers",
+    ),
     # One GPU holds all of the state: 16 GiB for BLOOMZ-1b1.
     "1gpu-micro-1": ray("one GPU, micro-batch 1", one_gpu(1), gpus=1),
     "1gpu-micro-4": ray("one GPU, micro-batch 4", one_gpu(4), gpus=1),

@@ -62,7 +62,8 @@ def write_model_folder(name: str, folder: Path, texts: list[str]) -> None:
 
 
 def read_texts(path: Path) -> list[str]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): a text may hold U+2028, which ends no line of JSON.
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     return ["\n".join(str(value) for value in row.values()) for row in rows]
 
 

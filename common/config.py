@@ -58,7 +58,10 @@ class DataConfig:
     date: str = key("2024-07-26", "what a chat template takes for today's date (YYYY-MM-DD), on whatever day it is")
     max_length: int = key(256, "tokens a training sequence has at most", minimum=2)
     packing: str = key(
-        "none", "wrapped: documents joined by EOS, cut into full blocks; none: padded", choices=("wrapped", "none")
+        "none",
+        "wrapped: documents joined by EOS, cut into full blocks; documents: whole ones side by side in blocks, none "
+        "attends to another; none: padded",
+        choices=("wrapped", "documents", "none"),
     )
     train_rows: int = key(0, "use at most this many rows for training, drawn at random; 0: all", minimum=0)
     eval_rows: int = key(200, "rows held out for evaluation", minimum=1)

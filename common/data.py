@@ -36,6 +36,7 @@ from common.config import BaseConfig, DataConfig
 from common.errors import UserError
 from common.hub import explain_hub_error, token
 from common.loss import IGNORE, count_targets
+from common.packing import pack_documents
 from common.progress import track
 
 if TYPE_CHECKING:
@@ -251,9 +252,10 @@ def _check_columns(rows: datasets.Dataset, data: DataConfig) -> None:
 
 @dataclass
 class TokenizedRows(Dataset):
-    """Token sequences in two flat arrays; `rows[i]` is {"input_ids": int64 [length], "labels": int64 [length]}.
+    """Token sequences in flat arrays; `rows[i]` is {"input_ids": int64 [length], "labels": int64 [length]}.
 
-    A label is the token itself, or `IGNORE` if the token is not a target. Labels are not shifted.
+    A label is the token itself, or `IGNORE` if the token is not a target. Labels are not shifted. Blocks of several
+    documents have "position_ids", int64 [length], as well: 0, 1, 2 … in each document.
     """
 
     tokens: np.ndarray  # int32 [all tokens]
@@ -261,15 +263,16 @@ class TokenizedRows(Dataset):
     offsets: np.ndarray  # int64 [rows + 1]
     sources: np.ndarray | None = None  # int64 [rows]: the row of data that each came from; None for packed blocks
     counts: dict[str, Any] = field(default_factory=dict)  # what became of the rows of data; see `tokenize`
+    positions: np.ndarray | None = None  # int32 [all tokens]: in the document, if blocks hold several
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         span = slice(self.offsets[index], self.offsets[index + 1])
+        flat = {"input_ids": self.tokens, "labels": self.labels, "position_ids": self.positions}
         return {
-            "input_ids": torch.from_numpy(self.tokens[span].astype(np.int64)),
-            "labels": torch.from_numpy(self.labels[span].astype(np.int64)),
+            name: torch.from_numpy(array[span].astype(np.int64)) for name, array in flat.items() if array is not None
         }
 
     @property
@@ -281,6 +284,8 @@ class TokenizedRows(Dataset):
         digest = hashlib.sha256(self.tokens)
         digest.update(self.labels)
         digest.update(self.offsets)
+        if self.positions is not None:
+            digest.update(self.positions)
         return digest.hexdigest()[:16]
 
 
@@ -363,7 +368,8 @@ def tokenize(
     even if the pad token is the same. `counts` of the result are `rows` and `sequences`, and by reason what was
     `dropped` and `cut`. Raises `UserError` for a row that is not text, and if nothing is left.
     """
-    wrapped = (packing or data.packing) == "wrapped"
+    packing = packing or data.packing
+    wrapped = packing == "wrapped"
     encoders: dict = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}
     encode = encoders[data.format]
     batches, dropped, cut = [], Counter(), Counter()
@@ -401,7 +407,18 @@ def tokenize(
             + ("there are too few rows to fill one block" if wrapped else "prompts are too long, or texts are empty")
         )
     kept = None if wrapped else np.array(sources, np.int64)
-    return TokenizedRows(tokens, labels, np.array(offsets, np.int64), kept, counts)
+    encoded_rows = TokenizedRows(tokens, labels, np.array(offsets, np.int64), kept, counts)
+    return in_blocks(encoded_rows, data.max_length) if packing == "documents" else encoded_rows
+
+
+def in_blocks(rows: TokenizedRows, size: int) -> TokenizedRows:
+    """`rows` packed as documents into blocks of at most `size` tokens; `counts` say how full these are as well."""
+    blocks = pack_documents(rows.tokens, rows.labels, rows.offsets, size)
+    count, tokens = len(blocks.offsets) - 1, len(blocks.tokens)
+    filling = {"blocks": count, "padding": count * size - tokens, "filled": round(tokens / (count * size), 4)}
+    return TokenizedRows(
+        blocks.tokens, blocks.labels, blocks.offsets, counts=rows.counts | filling, positions=blocks.positions
+    )
 
 
 class _Flat(NamedTuple):
@@ -433,10 +450,12 @@ def _flat(encoded: list[tuple[list[int], int | list[bool]]]) -> _Flat:
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
-    """What became of rows, as text: what was dropped and cut, and why."""
+    """What became of rows, as text: how full blocks are, what was dropped and cut, and why."""
     said = f"{counts['kept']:,} of {counts['rows']:,} rows"
     if "blocks" in counts:
         said += f" in {counts['blocks']:,} blocks"
+    if "filled" in counts:
+        said += f", {counts['filled']:.1%} filled ({counts['padding']:,} tokens of padding)"
     for what, name in (("dropped", ""), ("blocks_dropped", " blocks"), ("tokens_dropped", " tokens"), ("cut", "")):
         how = "cut" if what == "cut" else "dropped"
         said += "".join(f", {n:,}{name} {how}: {reason}" for reason, n in counts.get(what, {}).items())
@@ -672,12 +691,10 @@ def _texts(batch: dict[str, list], column: str, start: int, data: DataConfig) ->
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch {"input_ids", "labels"}, both int64 [rows, longest row], padded on the right."""
+    """A batch of what `rows` have ({"input_ids", "labels"}, …), int64 [rows, longest row], padded on the right."""
     pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], batch_first=True, padding_value=pad_id),
-        "labels": pad([row["labels"] for row in rows], batch_first=True, padding_value=IGNORE),
-    }
+    values = {"input_ids": pad_id, "labels": IGNORE, "position_ids": 0}  # each place a document, which sees itself
+    return {name: pad([row[name] for row in rows], batch_first=True, padding_value=values[name]) for name in rows[0]}
 
 
 class StepSampler(Sampler):

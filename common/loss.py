@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
+from common.document_attention import document_inputs, restart_alibi
 from common.errors import UserError
 from common.small_model import small_copies, transformers_class
 
@@ -54,28 +55,44 @@ class CausalLMLoss(nn.Module):
                 f"loss. All logits of a micro-batch exist at once: if memory runs out, lower train.micro_batch_size",
                 file=sys.stderr,
             )
+        restart_alibi(model)
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, statistics: bool = False, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Sum of the token losses, fp32 scalar; with `statistics`, what `token_statistics` gives.
 
-        `input_ids` and `labels` are int64 [batch, length]; labels are not shifted.
+        `input_ids` and `labels` are int64 [batch, length]; labels are not shifted. So are `position_ids`, of rows that
+        are blocks of several documents: 0, 1, 2 … in each.
         """
-        # No attention mask: padding is on the right, where causal attention never looks, and without a mask PyTorch
-        # may use its fast causal kernels.
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            return self.losses(self.model, input_ids, labels, statistics)
+            return self.losses(self.model, input_ids, labels, statistics, position_ids)
 
 
-def chunked_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+def chunked_losses(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    statistics: bool = False,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """The loss from the last hidden states and the matrix of the output head: the full logits never exist."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    decoder = model.base_model
+    inputs = document_inputs(decoder, position_ids)
+    hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     return token_losses(hidden, model.get_output_embeddings().weight, labels, statistics)
 
 
-def own_head_losses(model: nn.Module, input_ids: Tensor, labels: Tensor, statistics: bool = False) -> Tensor:
+def own_head_losses(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    statistics: bool = False,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """The loss from the logits that the model computes, whatever it does to them. They are all there at once."""
-    logits = model(input_ids=input_ids, use_cache=False).logits
+    logits = model(input_ids=input_ids, use_cache=False, **document_inputs(model, position_ids)).logits
     shifted = labels[:, 1:].flatten()
     is_target = (shifted != IGNORE).nonzero().squeeze(1)
     logits, targets = logits[:, :-1].flatten(0, 1)[is_target].float(), shifted[is_target]

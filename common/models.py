@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from common import pydoc_data, smollm2
 from common.attached import attached_model
 from common.config import DataConfig, ModelConfig
+from common.document_attention import check_documents
 from common.errors import UserError
 from common.hub import explain_hub_error, is_hub_id, token
 from common.local_model import check_model_folder
@@ -125,7 +126,8 @@ def _check_vocabulary(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) ->
 def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> PretrainedConfig:
     """The architecture's configuration, dropout off: with dropout, two ranks could not give the loss of one.
 
-    Raises `UserError` if it is unavailable, not a causal language model, or takes fewer than `data.max_length` tokens.
+    Raises `UserError` if it is unavailable, not a causal language model, or cannot take `data`: fewer than
+    `data.max_length` tokens, or no documents packed into blocks.
     """
     model = located(model)
     if family := _tiny_family(model.name):
@@ -157,6 +159,8 @@ def load_model_config(model: ModelConfig, data: DataConfig | None = None) -> Pre
         raise UserError(
             f"data.max_length={data.max_length} is above what {model.name} takes: set it to {longest} or less"
         )
+    if data is not None and data.packing == "documents":
+        check_documents(config, data.max_length)
     return config
 
 

@@ -244,7 +244,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
 def git_commit() -> str | None:
     """The commit, followed by "with local changes" if tracked files differ from it; None without Git.
 
-    `results/` does not count: measuring fills it.
+    `results/` and recorded notebooks do not count: measuring and recording write them.
     """
 
     def git(*arguments: str) -> str:
@@ -255,7 +255,7 @@ def git_commit() -> str | None:
         commit = git("rev-parse", "HEAD")
         return (
             f"{commit} with local changes"
-            if commit and git("diff", "--name-only", "HEAD", "--", ".", ":!results")
+            if commit and git("diff", "--name-only", "HEAD", "--", ".", ":!results", ":!*.ipynb")
             else commit or None
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -6,7 +6,8 @@
 All modules are the library's own, taken from a model without weights. A process gives memory to those of its stage;
 the rest stay on the `meta` device, so that names and shapes of the whole model are known everywhere. One tensor travels
 from stage to stage, the hidden states [batch, length, width]: positions are counted again in each stage, and no mask is
-needed, since padding is on the right, where causal attention never looks.
+needed, since padding is on the right, where causal attention never looks. With blocks of several documents, the
+positions [batch, length] travel as well, 8 bytes a token, and each stage makes its mask of them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config import BaseConfig
+from common.document_attention import document_mask
 from common.errors import UserError
 from common.loss import check_loss, chunked_losses, token_losses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# What layers pass on: hidden states (the first gets token ids), and with packed documents the positions in each.
+StageInput = Tensor | tuple[Tensor, Tensor]
 FAMILIES = ("llama", "qwen2")  # what `DecoderLayer` calls and `decoder_specs` takes apart is theirs
 
 
@@ -39,8 +43,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.embedding = embedding.to_empty(device=device)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.embedding(input_ids)
+    def forward(self, inputs: StageInput) -> StageInput:
+        input_ids, position_ids = _unpacked(inputs)
+        hidden = self.embedding(input_ids)
+        return hidden if position_ids is None else (hidden, position_ids)
 
 
 class DecoderLayer(nn.Module):
@@ -51,10 +57,12 @@ class DecoderLayer(nn.Module):
         self.layer = layer.to_empty(device=device)
         self.positions = positions
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        position_ids, cos_and_sin = self.positions(hidden)
-        output = self.layer(hidden, position_ids=position_ids, position_embeddings=cos_and_sin)
-        return output if torch.is_tensor(output) else output[0]  # transformers before 4.54 returns a tuple
+    def forward(self, inputs: StageInput) -> StageInput:
+        hidden, documents = _unpacked(inputs)
+        position_ids, cos_and_sin, mask = self.positions(hidden, documents)
+        output = self.layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=cos_and_sin)
+        hidden = output if torch.is_tensor(output) else output[0]  # transformers before 4.54 returns a tuple
+        return hidden if documents is None else (hidden, documents)
 
 
 class Norm(nn.Module):
@@ -64,7 +72,8 @@ class Norm(nn.Module):
         super().__init__()
         self.norm = norm.to_empty(device=device)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, inputs: StageInput) -> Tensor:
+        hidden, _ = _unpacked(inputs)
         return self.norm(hidden)
 
 
@@ -80,7 +89,7 @@ class Head(nn.Module):
 
 
 class Positions:
-    """The rotary embedding of positions 0, 1, 2 …, which all layers of a stage share.
+    """The rotary embedding of positions 0, 1, 2 …, and the mask of documents, which all layers of a stage share.
 
     No `nn.Module`: DeepSpeed turns a module's buffers into 16 bits, and far positions would lose their precision.
     """
@@ -90,12 +99,21 @@ class Positions:
         self._rotary = type(model.base_model.rotary_emb)(config=model.config).to(device)
         self._computed_for: tuple | None = None
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Position ids [1, length], and cosine and sine for them."""
-        if self._computed_for != (hidden.shape[1], hidden.dtype):
-            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            self._computed = position_ids, self._rotary(hidden, position_ids)
-            self._computed_for = hidden.shape[1], hidden.dtype
+    def __call__(
+        self, hidden: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Position ids [1, length], cosine and sine for them, and no mask.
+
+        For `documents`, the position of each token in its own [batch, length], these and their mask.
+        """
+        # All layers are given one tensor of a micro-batch. It is kept until the next, so no other can have its id.
+        wanted = hidden.shape[1], hidden.dtype, id(documents)
+        if self._computed_for != wanted:
+            position_ids, mask = torch.arange(hidden.shape[1], device=hidden.device)[None], None
+            if documents is not None:
+                position_ids, mask = documents, document_mask(documents, hidden.dtype)
+            self._computed = position_ids, self._rotary(hidden, position_ids), mask
+            self._computed_for = wanted
         return self._computed
 
 
@@ -151,6 +169,10 @@ def decoder_specs(model: PreTrainedModel, device: torch.device) -> list[LayerSpe
 
 def _pass_on(embedding: Embedding, hidden: Tensor) -> Tensor:
     return hidden  # as `Head` does
+
+
+def _unpacked(inputs: StageInput) -> tuple[Tensor, Tensor | None]:
+    return (inputs, None) if torch.is_tensor(inputs) else inputs
 
 
 checkpoint_activations = functools.partial(checkpoint, use_reentrant=False)

@@ -97,8 +97,8 @@ def build_model(
         activation_checkpoint_interval=int(cfg.train.activation_checkpointing),
         activation_checkpoint_func=checkpoint_activations,
         checkpointable_layers=["DecoderLayer"],
-        # Blocks have one length; padded micro-batches do not, and a stage must then know what will arrive.
-        dynamic_shape=cfg.data.packing == "none",
+        # Full blocks have one length; other micro-batches do not, and a stage must then know what will arrive.
+        dynamic_shape=cfg.data.packing != "wrapped",
     )
     groups = models.parameter_groups(model, cfg.train.weight_decay)
     groups = [{**group, "params": [p for p in group["params"] if not p.is_meta]} for group in groups]
@@ -140,11 +140,17 @@ def train_step(engine, batch: data.StepBatch, device) -> tuple[float, float, int
     # DeepSpeed averages over the micro-batches and over the pipelines, gradients and loss; the loss is a sum over both.
     factor = len(batch.micro_batches) * engine.grid.get_data_parallel_world_size() / counts[0].float()
     # NOTE: (inputs, labels), no third: DeepSpeed takes the first two, and of (ids, mask, labels) the mask for labels.
-    micro_batches = ((m["input_ids"], (m["labels"], factor)) for m in batch.micro_batches)
+    micro_batches = ((inputs_of(m), (m["labels"], factor)) for m in batch.micro_batches)
     # The whole schedule: each stage does forwards and backwards in turn; then all add up, clip and step. What comes
     # back is the last stage's loss, on every rank.
     loss = engine.train_batch(micro_batches)
     return loss.item(), float(engine.get_global_grad_norm()), int(counts[1].item())
+
+
+def inputs_of(micro_batch: dict[str, torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What the first stage is given: token ids, and with blocks of several documents the positions in each."""
+    ids = micro_batch["input_ids"]
+    return (ids, micro_batch["position_ids"]) if "position_ids" in micro_batch else ids
 
 
 def evaluate(engine, batches, device) -> float:

@@ -25,6 +25,7 @@ OWNED = {
     "train_loader.dataset.hf_kwargs.data_files": "${variables.run.train_file}",
     "train_loader.dataset.max_seq_len": "${variables.data.max_length}",
     "train_loader.dataset.packing_ratio": "${variables.run.packing_ratio}",
+    "train_loader.dataset.target_responses": "${variables.run.target_responses}",
     "eval_loader.dataset.hf_kwargs.data_files": "${variables.run.eval_file}",
     "eval_loader.dataset.max_seq_len": "${variables.data.max_length}",
     "global_train_batch_size": "${variables.train.global_batch_size}",
@@ -42,7 +43,8 @@ OWNED = {
     "load_path": "${variables.run.checkpoint}",
     "callbacks.gradient_norm.max_norm": "${variables.train.max_grad_norm}",
 }
-NEEDED = ("callbacks.gradient_norm", "callbacks.run_folder")
+# Without the last, attention would cross packed documents.
+NEEDED = ("callbacks.gradient_norm", "callbacks.run_folder", "callbacks.document_attention")
 
 
 def read_settings(cfg: Config) -> DictConfig:

@@ -6,7 +6,8 @@ writes `foundry/train.jsonl` and `foundry/eval.jsonl` into the run folder. train
 
 The training file holds the rows in the order of training, step by step and epoch after epoch, so that Foundry, which
 does not shuffle it, sees in each step the very rows that the other projects see. It sees the very tokens, too: Foundry
-would tokenize prompt and response apart, which gives others if a token crosses their border.
+would tokenize prompt and response apart, which gives others if a token crosses their border. With
+data.packing=documents a line is a block, and has the tokens of several rows.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 from settings import Config
 
 from common import data, errors, models
-from common.config import BaseConfig, parse_config
+from common.config import parse_config
 from common.errors import UserError
 from common.loss import IGNORE
+from common.packing import documents_of
 
 
 class Prepared(NamedTuple):
@@ -41,22 +43,27 @@ class Prepared(NamedTuple):
     counts: dict  # what became of the rows of data
 
 
-def check_data_settings(cfg: BaseConfig) -> None:
+def check_data_settings(cfg: Config) -> None:
     """Raise `UserError` for settings of data that Foundry's finetuning loader has no counterpart for."""
     if cfg.data.format != "prompt-response":
         raise UserError(
             f"data.format={cfg.data.format}: LLM Foundry is given prompts and responses here: set it to "
             f"prompt-response, with data.prompt_column and data.response_column, or take pytorch-fsdp"
         )
-    if cfg.data.packing != "none":
+    if cfg.data.packing == "wrapped":
         raise UserError(
-            f"data.packing={cfg.data.packing}: LLM Foundry packs whole rows into a sequence, and does not cut them "
-            f"into blocks: set data.packing=none, and foundry.packing_ratio to the rows per sequence"
+            "data.packing=wrapped: LLM Foundry takes whole rows, which it does not cut into blocks: set it to "
+            "documents or none"
+        )
+    if cfg.data.packing == "documents" and cfg.foundry.packing_ratio > 1:
+        raise UserError(
+            f"foundry.packing_ratio={cfg.foundry.packing_ratio:g}: data.packing=documents packs the rows already: set "
+            f"foundry.packing_ratio=1, or data.packing=none"
         )
 
 
 def rows_per_step(cfg: Config, world_size: int) -> int:
-    """Rows of data that an optimizer step takes; more than its sequences if rows are packed."""
+    """Lines of the file that an optimizer step takes; more than its sequences if Foundry packs them."""
     return world_size * int(cfg.train.global_batch_size // world_size * cfg.foundry.packing_ratio)
 
 
@@ -67,6 +74,8 @@ def prepare(cfg: Config, tokenizer, folder: Path, world_size: int) -> Prepared:
     whole = dataclasses.replace(cfg.data, packing="none")
     cached = data.cached_rows(whole, cfg.seed, tokenizer, show_progress=True)
     rows, held_out_rows = _learnable(cached["training"]), _learnable(cached["held_out"])
+    if cfg.data.packing == "documents":
+        rows = data.in_blocks(rows, cfg.data.max_length)
     # The steps of the other projects, in which a global batch is sorted by length.
     train = dataclasses.replace(cfg.train, global_batch_size=rows_per_step(cfg, world_size))
     sampler = data.StepSampler(rows, dataclasses.replace(cfg, train=train), rank=0, world_size=1)
@@ -111,13 +120,19 @@ def _learnable(tokenized: data.TokenizedRows) -> data.TokenizedRows:
 
 
 def _write(file: Path, texts, rows: data.TokenizedRows, order: Iterable[int], cfg: Config) -> None:
-    prompts = data.render_prompts(texts[:], cfg.data)
-    responses = texts[cfg.data.response_column]
+    """A line per row: each document's tokens and how many of the last are targets, and the texts of one by itself."""
+    prompts, responses = data.render_prompts(texts[:], cfg.data), texts[cfg.data.response_column]
     with file.open("w", encoding="utf-8") as lines:
         for i in order:
-            row, source = rows[i], rows.sources[i]
-            tokens, targets = row["input_ids"].tolist(), int((row["labels"] != IGNORE).sum())
-            line = {"prompt": prompts[source], "response": responses[source], "tokens": tokens, "targets": targets}
+            line: dict[str, Any] = {
+                "documents": [
+                    {"tokens": document["input_ids"].tolist(), "targets": int((document["labels"] != IGNORE).sum())}
+                    for document in documents_of(rows[i])
+                ]
+            }
+            if rows.sources is not None:  # for those who read the file
+                source = rows.sources[i]
+                line = {"prompt": prompts[source], "response": responses[source]} | line
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -136,9 +151,9 @@ def read_line(row: dict[str, str]) -> dict[str, Any]:
 
 
 def tokens_of_line(line: dict[str, Any], tokenizer) -> dict[str, list[dict[str, list[int]]]]:
-    """A line as Foundry has it after tokenizing: one turn, its prompt `input_ids` and its response `labels`."""
-    border = len(line["tokens"]) - line["targets"]
-    return {"turns": [{"input_ids": line["tokens"][:border], "labels": line["tokens"][border:]}]}
+    """A line as Foundry has it after tokenizing: a turn per document, its prompt `input_ids`, its response `labels`."""
+    borders = [(document["tokens"], len(document["tokens"]) - document["targets"]) for document in line["documents"]]
+    return {"turns": [{"input_ids": tokens[:border], "labels": tokens[border:]} for tokens, border in borders]}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""What this project adds to Composer's loop: two callbacks, registered with LLM Foundry by train.py.
+"""What this project adds to Composer's loop: three callbacks, registered with LLM Foundry by train.py.
 
-`GradientNorm` measures and clips, and fixes the sum of gradients on a CPU. `RunFolderCallback` writes the run folder,
-checkpoints and stops cleanly, as the loops of the other projects do by themselves.
+`GradientNorm` measures and clips, and fixes the sum of gradients on a CPU. `DocumentAttention` masks what Foundry does
+not. `RunFolderCallback` writes the run folder, checkpoints and stops cleanly, as the loops of the other projects do by
+themselves.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from composer.core import Callback, State
+from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
+from llmfoundry.data.utils import get_finetuning_collator
 from prepare_data import Prepared, digest, sampled
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common import runtime
 from common.config import BaseConfig
+from common.document_attention import document_inputs, restart_alibi
 from common.errors import UserError
 from common.run_folder import RunFolder
 
@@ -61,6 +64,39 @@ def _average_on_cpu(model: torch.nn.Module) -> None:
                 module.set_all_reduce_hook(lambda gradient: gradient.div_(world_size))
 
 
+class DocumentAttention(Callback):
+    """Keeps attention inside each document of a packed block, by the mask and the positions of the micro-batch.
+
+    Foundry's own packing gives Hugging Face's models neither: they count from the block's start and attend across rows.
+    """
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        restart_alibi(state.model.model)
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        batch = dict(state.batch)
+        with get_precision_context(state.precision, state.precision_config):  # the mask gets its type
+            inputs = document_inputs(state.model.model, batch.pop("position_ids", None))
+        state.batch = batch | inputs
+
+
+def collate_documents(dataloader_cfg: dict, tokenizer, dataset_batch_size: int) -> tuple[Callable, int]:
+    """Foundry's own collator, with the `position_ids` of rows that are blocks of several documents."""
+    collate, size = get_finetuning_collator(dataloader_cfg, tokenizer, dataset_batch_size)
+
+    def with_positions(examples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(examples)
+        if any(len(example["turns"]) > 1 for example in examples):
+            # 0 at every padded place, each of which is a document by itself, as in the other projects.
+            batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+            for positions, example in zip(batch["position_ids"], examples, strict=True):
+                lengths = [len(turn["input_ids"]) + len(turn["labels"]) for turn in example["turns"]]
+                positions[: sum(lengths)] = torch.cat([torch.arange(length) for length in lengths])
+        return batch
+
+    return with_positions, size
+
+
 class RunFolderCallback(Callback):
     """Keeps the run folder while Composer trains. `state` is Composer's, as soon as there is one."""
 
@@ -93,7 +129,7 @@ class RunFolderCallback(Callback):
         found = state.dataloader.dataset
         turns = (found[i]["turns"] for i in sampled(len(found)))
         if len(found) != self.prepared.rows or self.prepared.digest != digest(
-            turn["input_ids"] + turn["labels"] for (turn,) in turns
+            [token for turn in line for part in ("input_ids", "labels") for token in turn[part]] for line in turns
         ):
             raise UserError(
                 f"LLM Foundry has {len(found):,} rows, which are not the {self.prepared.rows:,} of "

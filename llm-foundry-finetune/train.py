@@ -45,7 +45,7 @@ from llmfoundry.command_utils import train_from_yaml
 from llmfoundry.data.finetuning.tasks import dataset_constructor
 from llmfoundry.utils.exceptions import BaseContextualError
 from prepare_data import Prepared, check_data_settings, prepare, tokens_of_line
-from run_callback import GradientNorm, RunFolderCallback
+from run_callback import DocumentAttention, GradientNorm, RunFolderCallback, collate_documents
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -136,6 +136,7 @@ def foundry_variables(
         "train_file": glob.escape(str(folder / prepared.train_file.name)),  # read as a pattern
         "eval_file": glob.escape(str(folder / prepared.eval_file.name)),
         "cache": str(folder / "cache"),
+        "target_responses": "all" if cfg.data.packing == "documents" else "last",
         "packing_ratio": cfg.foundry.packing_ratio if cfg.foundry.packing_ratio > 1 else None,
         "dtype": next(name for name, of in runtime.DTYPES.items() if of == dtype),
         "total_steps": prepared.total_steps,
@@ -226,6 +227,8 @@ def train(cfg: Config) -> None:
         read = functools.partial(dataset_constructor.build_from_hf, mapping_fn=tokens_of_line)
         dataset_constructor.build_from_hf = read
         registry.callbacks.register("gradient_norm", func=GradientNorm)
+        registry.callbacks.register("document_attention", func=DocumentAttention)
+        registry.collators.register("finetuning_collator", func=collate_documents)
         # Foundry makes callbacks by calling a class; the only instance of this one exists already.
         registry.callbacks.register(
             "run_folder", func=type("OfThisRun", (Callback,), {"__new__": lambda cls: callback})

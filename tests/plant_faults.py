@@ -76,7 +76,7 @@ FAULTS = [
           "yield batch[: len(batch) // self.world_size].tolist()", "data"),
     Fault("held-out rows are trained", "common/data.py", "order[: data.eval_rows]), order[data.eval_rows :]",
           "order[: data.eval_rows]), order", "data"),
-    Fault("padding is a target", "common/data.py", "padding_value=IGNORE", "padding_value=pad_id", "data"),
+    Fault("padding is a target", "common/data.py", '"labels": IGNORE, "position_ids"', '"labels": pad_id, "position_ids"', "data"),
     Fault("bits per byte in nats", "common/evaluation.py", "total / math.log(2) / max(text_bytes, 1)", "total / max(text_bytes, 1)", "evaluation"),
     Fault("bf16 on a T4", "common/runtime.py", "name = \"bf16\" if capability >= (8, 0) else \"fp16\"",
           "name = \"bf16\" if capability >= (7, 0) else \"fp16\"", "runtime"),
@@ -100,6 +100,16 @@ FAULTS = [
           "pipeline -k those_of_ddp and tied-2-2-2"),
     Fault("offload forgets clipping", "common/ds_settings.py", "cfg.train.max_grad_norm,  # 0: none", "0.0,", "",
           "offload -k those_of_ddp and 2-2"),
+    Fault("packed documents see those before them", "common/document_attention.py", "(document[:, :, None] == document[:, None, :]).tril_()",
+          "(document[:, :, None] >= document[:, None, :]).tril_()", "packing"),
+    Fault("positions run on through a block", "common/packing.py", "    return Blocks(tokens[source], labels, positions.astype(np.int32),",
+          "    return Blocks(tokens[source], labels, np.arange(len(tokens), dtype=np.int32),", "packing"),
+    Fault("a document's first token is learned from the one before", "common/packing.py", "np.where(positions == 0, IGNORE, labels[source])",
+          "np.where(positions < 0, IGNORE, labels[source])", "packing"),
+    Fault("a stage keeps the mask of the micro-batch before", "deepspeed-pipeline/stages.py", "hidden.dtype, id(documents)",
+          "hidden.dtype, documents is None", "", "packing -k a_plain_loop and pipeline and qwen2"),
+    Fault("Foundry attends across documents", "llm-foundry-finetune/run_callback.py", "document_inputs(state.model.model, batch.pop(\"position_ids\", None))",
+          "document_inputs(state.model.model, None)", "", "foundry -k packed_documents and qwen2"),
 ]  # fmt: skip
 
 

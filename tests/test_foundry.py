@@ -13,7 +13,9 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from datasets import Dataset
+from families import tiny_config
 from launching import (
+    EQUAL,
     PYTHON,
     SMOKE,
     assert_close,
@@ -35,8 +37,9 @@ from launching import (
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from wandb_log import config, history, read_wandb
 
+from bench import plain_loop
 from common import data, models
-from common.config import ModelConfig, load_config
+from common.config import BaseConfig, ModelConfig, load_config
 
 PROJECT = "llm-foundry-finetune"
 # An epoch is 12 steps here: a run of 30 crosses three of them. 17 held-out rows are unequal shares for two ranks.
@@ -117,6 +120,27 @@ def test_one_process_trains_as_ddp_does(tmp_path):
     run("pytorch-ddp", *settings, f"output_dir={tmp_path}/ddp", processes=1)
     assert len(losses(tmp_path / "foundry[1]")) == 20
     assert_close(losses(tmp_path / "foundry[1]"), losses(tmp_path / "ddp"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "processes", "options"),
+    [("opt", 2, []), ("bloom", 1, ["train.activation_checkpointing=true"]), ("qwen2", 2, [])],
+)
+def test_packed_documents_train_as_a_plain_loop_trains_them_unpacked(tmp_path, family, processes, options):
+    settings = [*EQUAL, "data.packing=documents", "train.max_steps=8", "data.train_rows=600"]
+    settings.append(f"model.name={write_model(f'tiny:{family}', tmp_path / 'base')}")
+    expected = plain_loop.train(REPOSITORY / "pytorch-ddp/smoke.yaml", settings)
+    run(PROJECT, *settings, *options, f"output_dir={tmp_path / 'run'}", processes=processes)
+    found = [r for r in metrics(tmp_path / "run") if "loss" in r]
+    assert [r["loss"] for r in found] == pytest.approx(expected["losses"], rel=1e-5)
+    assert [r["grad_norm"] for r in found] == pytest.approx(expected["grad_norms"], rel=1e-4)
+    cfg = load_config(BaseConfig, REPOSITORY / "pytorch-ddp/smoke.yaml", settings)
+    rows, _ = data.tokenized_rows(cfg.data, cfg.seed, models.load_tokenizer(cfg.model))
+    assert [r["tokens"] for r in found] == [step.tokens for step in data.step_loader(rows, cfg, 0, 0, 1)]
+    assert held_out(tmp_path / "run")[-1] == pytest.approx(expected["eval_loss_after"], rel=1e-5)
+    rows = json.loads((tmp_path / "run/summary.json").read_text())["data"]["training"]
+    assert rows["filled"] > 0.95 and rows["blocks"] < rows["kept"]
 
 
 @pytest.mark.slow
@@ -371,6 +395,7 @@ OTHERWISE = {
     "dist_timeout": 5,
     "fsdp_config.activation_checkpointing": True,
     "load_path": "elsewhere",
+    "train_loader.dataset.target_responses": "first",
     "callbacks.gradient_norm.max_norm": 0.5,
 }
 
@@ -397,12 +422,21 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path):
         files[name] = yaml.safe_dump(settings)
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
+    tokenizer, mamba = models.load_tokenizer(ModelConfig("tiny:opt")), tiny_config("mamba")
+    mamba.vocab_size = len(tokenizer)
+    for part in (mamba, tokenizer):
+        part.save_pretrained(tmp_path / "mamba")
     mistakes = {
         "misspelt key": (["foundry.packing_rato=2"], ["foundry.packing_rato", "foundry.packing_ratio"]),
         "wrong type": (["foundry.packing_ratio=much"], ["foundry.packing_ratio", "much"]),
         "too small": (["foundry.packing_ratio=0.5"], ["foundry.packing_ratio=0.5"]),
         "format": (["data.format=text"], ["data.format=text", "prompt-response", "pytorch-fsdp"]),
-        "packing": (["data.packing=wrapped"], ["data.packing=wrapped", "foundry.packing_ratio"]),
+        "packing": (["data.packing=wrapped"], ["data.packing=wrapped", "documents", "none"]),
+        "packed twice": (
+            ["data.packing=documents", "foundry.packing_ratio=2"],
+            ["foundry.packing_ratio=2", "data.packing=documents", "foundry.packing_ratio=1"],
+        ),
+        "packed family": (["data.packing=documents", f"model.name={tmp_path}/mamba"], ["documents", "Mamba"]),
         "precision": (["train.precision=bf16"], ["train.precision=bf16", "auto"]),
         "compile": (["train.compile=true"], ["train.compile=true", "false"]),
         "global batch": (["train.global_batch_size=18"], ["train.global_batch_size=18", "16 or 20"]),

@@ -256,7 +256,7 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
     line = failed.stderr.splitlines()[-1]  # the training's error line fails its cell, and the recording
     assert failed.returncode == 2 and "CellFailed: error: " in line and "max_step" in line, failed
     assert not path.with_suffix(".ipynb").exists()
-    done = record(path, *SMALL, "train.max_steps=2")
+    done = record(path, *SMALL, "train.max_steps=2", "--remark=beside others")
     assert done.returncode == 0, done
     clone = tmp_path / "multi-gpu-fine-tuning"
     assert json.loads((clone / "runs/pytorch-ddp/summary.json").read_text())["status"] == "completed"
@@ -270,7 +270,7 @@ def test_away_from_the_repository_the_code_is_fetched_and_a_recording_keeps_what
     assert (
         line.startswith("*Outputs: `tiny:qwen2` (random weights) on `pydoc`, fp32; ") and "2 CPU processes" in line
     ), line
-    assert str(datetime.date.today()) in line and f"code of {commit}" in line
+    assert str(datetime.date.today()) in line and f"code of {commit}" in line and line.endswith("; beside others.*")
     assert "--config config.yaml" in shown(recorded) and "train.max_steps=2" in shown(recorded)
     assert "image/png" in shown(recorded) and f"in {clone}/runs/pytorch-ddp" in shown(recorded)
     assert all(cell.outputs for cell in recorded.cells if cell.cell_type == "code")

@@ -174,7 +174,8 @@ def test_equal_conditions_stand_once_above_the_table(tmp_path, capsys):
         ({"gpus": ["Tesla T4"], "ranks": 1}, "devices", ("2 × Tesla T4", "1 × Tesla T4"), "speed and memory"),
         ({"gpus": [], "ranks": 2}, "devices", ("2 × Tesla T4", "2 CPU processes"), "speed and memory"),
         ({"data__max_length": 1024}, "tokens", ("up to 512", "up to 1024"), "speed and memory"),
-        ({"data__packing": "wrapped"}, "tokens", ("up to 512", "up to 512, packed"), "speed and memory"),
+        ({"data__packing": "wrapped"}, "tokens", ("up to 512", "up to 512, wrapped"), "speed and memory"),
+        ({"data__packing": "documents"}, "tokens", ("up to 512", "up to 512, documents"), "speed and memory"),
         ({"seed": 7}, "seed", ("42", "7"), "same step"),
     ],
 )

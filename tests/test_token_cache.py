@@ -83,7 +83,7 @@ def assert_equal(ours: TokenizedRows, theirs: TokenizedRows) -> None:
             assert a == b, field.name
 
 
-@pytest.mark.parametrize("packing", ["none", "wrapped"])
+@pytest.mark.parametrize("packing", ["none", "wrapped", "documents"])
 @pytest.mark.parametrize("data_format", ["text", "prompt-response", "messages"])
 def test_rows_from_the_cache_are_those_made_in_memory(rows_file, made, home, data_format, packing):
     data = settings(rows_file, format=data_format, packing=packing)

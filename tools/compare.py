@@ -87,7 +87,7 @@ def conditions(run_dir: Path) -> dict[str, str]:
         known = {
             "model": model["name"] + (" (random weights)" if model.get("random_weights") else ""),
             "data": f"{data['name']}{subset}, {data['format']}, {data['eval_rows']} held out",
-            "tokens": f"up to {data['max_length']}" + (", packed" if data["packing"] != "none" else ""),
+            "tokens": f"up to {data['max_length']}" + (f", {data['packing']}" if data["packing"] != "none" else ""),
             "batch": f"{train['global_batch_size']} ({train['micro_batch_size']} at once)",
             "seed": str(cfg["seed"]),
         }

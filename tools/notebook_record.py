@@ -12,6 +12,7 @@ installed.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import nbformat
@@ -53,8 +54,11 @@ def _print_text(cell: nbformat.NotebookNode, cell_index: int, execute_reply: dic
     print(*(output.text for output in cell.outputs if output.output_type == "stream"), sep="", end="", flush=True)
 
 
-def record(source: Path, config: str, settings: list[str]) -> None:
-    """Execute the notebook of `source` and write its `.ipynb`. Raises `UserError` if there is none, or a cell fails."""
+def record(source: Path, config: str, settings: list[str], remark: str = "") -> None:
+    """Execute the notebook of `source` and write its `.ipynb`; `remark` joins what its outputs say of the run.
+
+    Raises `UserError` if there is none, or a cell fails.
+    """
     if not notebook_files.is_source(source):
         raise UserError(f"{source} is not the source of a notebook: name one, such as pytorch-ddp/notebooks/train.py")
     text = source.read_text(encoding="utf-8")
@@ -66,7 +70,8 @@ def record(source: Path, config: str, settings: list[str]) -> None:
     except CellExecutionError as error:
         print(error)
         raise UserError(f"{source} was not recorded: {error.ename}: {error.evalue}") from None
-    found.metadata[notebook_files.RECORDED] = found.cells.pop().outputs[0].text.strip()
+    described = found.cells.pop().outputs[0].text.strip()
+    found.metadata[notebook_files.RECORDED] = re.sub(r"\.\*$", f"; {remark}.*", described) if remark else described
     executed = nbformat.writes(found).replace(f"{REPOSITORY}/", "")  # paths as seen from the repository
     source.with_suffix(".ipynb").write_text(notebook_files.notebook(text, executed), encoding="utf-8")
 
@@ -78,9 +83,10 @@ def main() -> None:
     )
     parser.add_argument("source", nargs="?", default="", help="PROJECT/notebooks/train.py or eval.py")
     parser.add_argument("--config", default="config.yaml", help="YAML file: a path, or a name next to the script")
+    parser.add_argument("--remark", default="", help="what a reader of the outputs must know, such as of other runs")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments = parser.parse_intermixed_args()
-    record(Path(arguments.source).resolve(), arguments.config, arguments.settings)
+    record(Path(arguments.source).resolve(), arguments.config, arguments.settings, arguments.remark)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,8 @@ def check(project: str, cfg: BaseConfig) -> None:
     check_dataset(cfg)
     place = models.located(cfg.model).name
     model = models.empty_model(cfg.model)  # refuses what is gated, cannot be reached, or is no model
-    print(f"{'model':15} {cfg.model.name}" + (f", attached: {place}" if Path(place).is_dir() else ""))
+    is_attached = is_hub_id(cfg.model.name) and Path(place).is_dir()
+    print(f"{'model':15} {cfg.model.name}" + (f", attached: {place}" if is_attached else ""))
     check_memory(project, cfg, model, machine)
     check_disk(project, cfg, model, published=None if Path(place).is_dir() else place)
     seconds = estimate(project, cfg, model, machine)
@@ -195,8 +196,9 @@ def estimate(project: str, cfg: BaseConfig, model: PreTrainedModel, machine: Mac
         return None
     parameters = sum(p.numel() for p in model.parameters())
     padded = PADDED if train.micro_batch_size > 1 else 1
-    length = data.max_length if data.packing == "wrapped" else min(data.max_length, average * padded)
-    sequences = rows * average / data.max_length if data.packing == "wrapped" else rows
+    packed = data.packing != "none"
+    length = data.max_length if packed else min(data.max_length, average * padded)
+    sequences = rows * average / data.max_length if packed else rows
     steps = train.max_steps or sequences * train.epochs / train.global_batch_size
 
     gpus = 1 if project == "ray-tune" else machine.gpus  # a trial has one

@@ -510,11 +510,70 @@ def agreement_table(folder: Path, name: str) -> str:
     caption = (
         f"{r['settings']['model.name']}, {r['settings']['train.max_steps']} steps, fp32, two processes on a CPU; "
         f"prompts are masked, so that micro-batches have unequal numbers of targets. Weights apart: how far they are "
-        f"from the plain loop's, relative to how far it moved. With equally many targets a row, all are within 1e-5. "
+        f"from the plain loop's, relative to how far it moved. With equally many targets per row, all are within 1e-5, "
+        f"but for DeepSpeed's PipelineModule (8e-3), which counts a tied weight twice in the gradient norm. "
         f"{r['date']}, torch {r['environment']['versions']['torch']}. "
         f"{provenance([r])} Made by `python bench/agreement.py`."
     )
     return table(rows, columns, caption)
+
+
+PACKINGS = ("padded", "padded-more", "wrapped", "documents")
+
+
+def packing_speed_table(folder: Path, setting: str) -> str:
+    """Padded, wrapped and packed rows under two projects; nothing before bench/packing.py has measured them."""
+    projects = ("pytorch-ddp", "pytorch-fsdp")
+    if not any(folder.glob(f"{setting}-*.json")):
+        return "\n"
+    records = read(folder, *(f"{setting}-{project}-{name}" for project in projects for name in PACKINGS))
+    padded = {r["project"]: r for r in records[:: len(PACKINGS)]}
+
+    def speed_up(r: dict) -> str:
+        reference = padded[r["project"]]
+        return f"{speed(r) / speed(reference):.2f}×" if "filled" in r and "filled" in reference else "–"
+
+    columns = {
+        "rows": lambda r: f"{r['label']}, `{r['project']}`",
+        "batch": lambda r: f"{r['settings']['train.global_batch_size']}/{r['settings']['train.micro_batch_size']}",
+        "tokens/s, without padding": tokens_per_second,
+        "of padded": speed_up,
+        "places filled": lambda r: f"{r['filled']:.1%}" if "filled" in r else "–",
+        "peak GiB": figure("{peak_gpu_gib:.1f}"),
+    }
+    caption = limited(records) if "runtime.gpu_memory_limit_gib" in records[0]["settings"] else f"{machine(records)}."
+    return table(records, columns, f"{caption} {provenance(records)}")
+
+
+def packing_loss_table(folder: Path, setting: str) -> str:
+    """The held-out loss after an epoch of padded, wrapped and packed rows; nothing before they were measured."""
+    if not any(folder.glob(f"{setting}-*.json")):
+        return "\n"
+    records = read(folder, *(f"{setting}-pytorch-ddp-{name}" for name in PACKINGS[1:]))
+    columns = {
+        "rows": lambda r: r["label"],
+        "sequences per step": lambda r: r["settings"]["train.global_batch_size"],
+        "steps": figure("{steps}"),
+        "tokens trained on": entry("{tokens:,}"),
+        "held-out loss before": figure("{eval_loss_before:.4f}"),
+        "after": figure("{eval_loss_after:.4f}"),
+        "seconds": figure("{seconds:.0f}"),
+    }
+    return table(records, columns, f"`pytorch-ddp`, {machine(records)}. {provenance(records)}")
+
+
+def packing_blocks_table(folder: Path, name: str) -> str:
+    """Into how many blocks we and TRL pack the same rows."""
+    (r,) = read(folder, name)
+    columns = {
+        "tokens per block": entry("{size:,}"),
+        "blocks": entry("{ours:,}"),
+        "`trl.pack_dataset`": entry("{trl:,}"),
+        "the same, all rows at once": entry("{trl_at_once:,}"),
+        "least, if rows were cut": entry("{least:,}"),
+    }
+    caption = f"{r['sizes'][0]['rows']:,} rows of GSM8K, trl {r['environment']['trl']} (`bfd`), {r['date']}."
+    return table(r["sizes"], columns, f"{caption} {provenance([r])}")
 
 
 PLAIN = "plain loop"
@@ -734,6 +793,10 @@ BLOCKS: dict[str, tuple] = {  # "PROJECT TABLE": what makes it, from which recor
     "real killed": (real_killed,),
     "equality losses": (equality_table, "losses"),
     "agreement losses": (agreement_table, "losses"),
+    "packing t4": (packing_speed_table, "t4"),
+    "packing bf16": (packing_speed_table, "bf16"),
+    "packing loss": (packing_loss_table, "loss"),
+    "packing blocks": (packing_blocks_table, "blocks"),
     "pytorch-ddp speed": (speed_table, "1gpu", "2gpu", "2gpu-no-p2p", "2gpu-no-p2p-bf16", "2gpu-eager"),
     "pytorch-ddp memory": (memory_table, "micro-4", "micro-8", "micro-16", "micro-16-checkpointing"),
     "pytorch-ddp loss": (loss_table, "loss-memory"),
