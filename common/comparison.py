@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object, release_memo
 
 from common import plots, report, runtime
 from common.config import BaseConfig, ModelConfig, get, load_config
-from common.data import Prompt, describe_counts, load_rows, prompt_tokens, tokenize
+from common.data import Prompt, describe_counts, held_out_rows, prompt_tokens, tokenize
 from common.errors import UserError
 from common.evaluation import evaluate, figures, held_out_batches, predicted_bytes
 from common.files import check_writable, write_json, write_whole
@@ -66,7 +66,7 @@ def compare(cfg: BaseConfig, *, project: str) -> dict[str, Any]:
     dtype, reason = runtime.resolve_precision(cfg.train.precision, accelerator.device)
     started = time.perf_counter()
     with accelerator.local_main_process_first():  # one process per machine downloads and converts, the other ones read
-        _, held_out = load_rows(cfg.data, cfg.seed)
+        held_out = held_out_rows(cfg.data, cfg.seed, is_main=accelerator.is_main_process)
 
     measured, answers = {}, {}
     for role, source in models.items():

@@ -7,28 +7,30 @@ the micro-batch: N ranks see exactly the batches that one would, and a resumed r
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import math
 import re
 import string
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common import pydoc_data
+from common import pydoc_data, token_cache
 from common.chat import assistant_spans
 from common.config import BaseConfig, DataConfig
 from common.errors import UserError
@@ -51,15 +53,10 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
     The held-out rows do not depend on `data.train_rows`. Raises `UserError` for a missing file, dataset, split or
     column, and if there are too few rows.
     """
-    if data.eval_split == data.split:
-        raise UserError(
-            f"data.eval_split={data.eval_split} is data.split: held-out rows would train; set data.eval_split= (empty) "
-            f"to hold out rows of that split"
-        )
-    rows = _load_split(data, data.split)
+    rows, *others = [_load_split(data, split) for split in _splits(data)]
     order = np.random.default_rng(seed).permutation(len(rows))
-    if data.eval_split:
-        held_out = _load_split(data, data.eval_split)
+    if others:
+        (held_out,) = others
         held_out = held_out.select(np.random.default_rng(seed).permutation(len(held_out))[: data.eval_rows])
     else:
         if len(rows) <= data.eval_rows:
@@ -71,7 +68,42 @@ def load_rows(data: DataConfig, seed: int) -> tuple[datasets.Dataset, datasets.D
     return rows.select(order[: data.train_rows or None]), held_out
 
 
+def _splits(data: DataConfig) -> list[str]:
+    """The split that trains, and the one that is held out if it is another one."""
+    if data.eval_split == data.split:
+        raise UserError(
+            f"data.eval_split={data.eval_split} is data.split: held-out rows would train; set data.eval_split= (empty) "
+            f"to hold out rows of that split"
+        )
+    return [data.split, data.eval_split] if data.eval_split else [data.split]
+
+
+class Split(NamedTuple):
+    """The rows of a split, not read yet."""
+
+    read: Callable[[], datasets.Dataset]
+    files: Sequence[tuple[str, Path]] = ()  # those that hold them, if they are read here, each with its split's name
+    delimiter: str | None = None  # of these files, if it is not their suffix's
+
+    def digest(self, data: DataConfig) -> str:
+        """Equal for equal rows, whatever their files are called and when they were written."""
+        if self.files:
+            files = [(part, path.suffixes[-2:], token_cache.digest_of_file(path)) for part, path in self.files]
+            return token_cache.digest(files, self.delimiter)
+        table, (texts, others) = self.read().data.table, _columns(data)
+        used = [name for name in table.column_names if name in {*texts.values(), *others}]
+        return token_cache.digest_of_table(table.select(used))
+
+
 def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
+    rows = _find_split(data, split).read()
+    if len(rows) == 0:
+        raise UserError(f"data.name={data.name}: split {split} has no rows")
+    _check_columns(rows, data)
+    return rows
+
+
+def _find_split(data: DataConfig, split: str) -> Split:
     import datasets
 
     from common.readers import READABLE, format_of
@@ -79,30 +111,28 @@ def _load_split(data: DataConfig, split: str) -> datasets.Dataset:
     path = Path(data.name)
     is_path = path.is_absolute() or data.name.startswith(("./", "../")) or format_of(path) is not None
     if data.name == "pydoc":
-        rows = datasets.Dataset.from_list(pydoc_data.rows()) if split == "train" else None
+        pydoc = functools.cache(lambda: datasets.Dataset.from_list(pydoc_data.rows()))
+        found = Split(pydoc) if split == "train" else None
     elif path.is_file():
         if format_of(path) is None:
             raise UserError(f"data.name={data.name}: a file's name must end with one of {READABLE}")
-        rows = _read(data, [path]) if split == "train" else None
+        found = Split(lambda: _read(data, [path]), [(split, path)]) if split == "train" else None
     elif path.exists() and not path.is_dir():
         raise UserError(f"data.name={data.name} is neither a file nor a folder")
     elif is_path and not path.exists():
         raise UserError(f"data.name={data.name}: no such file or folder (the current one is {Path.cwd()})")
     else:
-        rows = _load_with_datasets(data, split)
-    if rows is None:
+        found = _find_with_datasets(data, split)
+    if found is None:
         raise UserError(
             f"data.name={data.name} has no split {split}: set data.split=train, and data.eval_split= (empty) to hold "
             f"out rows of it"
         )
-    if len(rows) == 0:
-        raise UserError(f"data.name={data.name}: split {split} has no rows")
-    _check_columns(rows, data)
-    return rows
+    return found
 
 
-def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
-    """Rows of a folder or of the Hub, of which `datasets` knows which files are which split.
+def _find_with_datasets(data: DataConfig, split: str) -> Split:
+    """A split of a folder or of the Hub, of which `datasets` knows which files are which split.
 
     It guesses types in JSON and CSV, and its cache believes a file's time of change: those files are read here.
     """
@@ -126,7 +156,8 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
         is_ours = builder.name in ("json", "csv") or (builder.name == "parquet" and is_folder)
         is_ours &= all(format_of(Path(file)) for part in files.values() for file in part)
         if not is_ours or getattr(builder.config, "field", None):
-            return datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
+            rows = datasets.load_dataset(name, data.subset or None, split=split, token=token(), **options)
+            return Split(lambda: rows)
         splits = re.findall(r"(?:^|[+])(\w[\w.-]*)", split)
         if unknown := [part for part in splits if part not in files]:
             raise UserError(f"data.name={data.name} has no split {unknown[0]}: its splits are {', '.join(files)}")
@@ -136,14 +167,18 @@ def _load_with_datasets(data: DataConfig, split: str) -> datasets.Dataset:
     except Exception as error:
         raise explain_hub_error(error, "dataset", data.name) from error
     delimiter = builder.config.delimiter or builder.config.sep if builder.name == "csv" else None
-    parts = {part: _read(data, paths[part], delimiter) for part in splits}
-    try:
-        sizes = {part: len(rows) for part, rows in parts.items()}
-        slices = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"data.name={data.name}: split {split}: {error}") from None
-    chosen = [parts[each.splitname].select(range(sizes[each.splitname])[each.from_ : each.to]) for each in slices]
-    return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+    def read() -> datasets.Dataset:
+        parts = {part: _read(data, paths[part], delimiter) for part in splits}
+        try:
+            sizes = {part: len(rows) for part, rows in parts.items()}
+            slices = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"data.name={data.name}: split {split}: {error}") from None
+        chosen = [parts[each.splitname].select(range(sizes[each.splitname])[each.from_ : each.to]) for each in slices]
+        return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+    return Split(read, [(part, path) for part in splits for path in paths[part]], delimiter)
 
 
 def _downloaded(file: str) -> Path:
@@ -246,22 +281,77 @@ class TokenizedRows(Dataset):
 
     def fingerprint(self) -> str:
         """Equal for equal data: a checkpoint remembers it, so that a run cannot continue with other rows."""
-        digest = hashlib.sha256(self.tokens.tobytes())
-        digest.update(self.labels.tobytes())
-        digest.update(self.offsets.tobytes())
+        digest = hashlib.sha256(self.tokens)
+        digest.update(self.labels)
+        digest.update(self.offsets)
         if self.positions is not None:
-            digest.update(self.positions.tobytes())
+            digest.update(self.positions)
         return digest.hexdigest()[:16]
 
 
 def tokenized_rows(
     data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, *, show_progress: bool = False
 ) -> tuple[TokenizedRows, TokenizedRows]:
-    """Training rows and held-out rows as tokens; the latter never packed. `counts` of the former are those of both."""
-    training, held_out = load_rows(data, seed)
-    rows = tokenize(training, data, tokenizer, show_progress=show_progress)
-    held_out_rows = tokenize(held_out, data, tokenizer, packing="none")
-    return replace(rows, counts={"training": rows.counts, "held_out": held_out_rows.counts}), held_out_rows
+    """Training rows and held-out rows as tokens; the latter never packed. `counts` of the former are those of both.
+
+    Every rank calls this, and gets read-only arrays that all processes of a machine share: see `token_cache`.
+    """
+    try:
+        rows = cached_rows(data, seed, tokenizer, show_progress=show_progress)
+    except BaseException:
+        token_cache.wait_for_all_ranks(succeeded=False)
+        raise
+    token_cache.wait_for_all_ranks(succeeded=True)
+    return replace(rows["training"], counts={part: each.counts for part, each in rows.items()}), rows["held_out"]
+
+
+def cached_rows(
+    data: DataConfig, seed: int, tokenizer: PreTrainedTokenizerFast, *, show_progress: bool = False
+) -> dict[str, TokenizedRows]:
+    """The rows `training` and `held_out`, each with its own `counts`, from the cache of this machine."""
+
+    def make(shown: bool) -> dict[str, TokenizedRows]:
+        training, held_out = load_rows(data, seed)
+        rows = tokenize(training, data, tokenizer, show_progress=shown)
+        return {"training": rows, "held_out": tokenize(held_out, data, tokenizer, packing="none")}
+
+    identity = None  # a slow tokenizer does not say what it is
+    if tokenizer.is_fast:
+        identity = _identity(data, seed) | {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+        }
+    return token_cache.made_once(identity, make, TokenizedRows, is_main=show_progress)
+
+
+def held_out_rows(data: DataConfig, seed: int, *, is_main: bool) -> datasets.Dataset:
+    """The held-out rows of `load_rows`, from the cache of this machine: an evaluation need not read all rows again."""
+    import datasets
+
+    def make(_: bool) -> dict[str, _Table]:
+        table = load_rows(data, seed)[1].with_format("arrow")[:]
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        return {"held_out": _Table(np.frombuffer(sink.getvalue(), np.uint8))}
+
+    kept = token_cache.made_once(_identity(data, seed) | {"what": "held-out rows"}, make, _Table, is_main=is_main)
+    return datasets.Dataset(pa.ipc.open_stream(pa.py_buffer(kept["held_out"].stream)).read_all())
+
+
+@dataclass
+class _Table:
+    stream: np.ndarray  # uint8: rows in Arrow's streaming format
+
+
+def _identity(data: DataConfig, seed: int) -> dict[str, Any]:
+    """All that the rows of `load_rows` depend on but this program."""
+    return {
+        "settings": asdict(replace(data, name="")),  # under another name they are the same rows
+        "rows": [_find_split(data, split).digest(data) for split in _splits(data)],
+        "seed": seed,
+    }
 
 
 def tokenize(
@@ -282,29 +372,26 @@ def tokenize(
     wrapped = packing == "wrapped"
     encoders: dict = {"text": _encode_texts, "prompt-response": _encode_pairs, "messages": _encode_messages}
     encode = encoders[data.format]
-    tokens, labels = array("i"), array("i")  # 4 bytes per token; a list takes 36
-    offsets, sources = [0], []
-    dropped, cut = Counter(), Counter()
+    batches, dropped, cut = [], Counter(), Counter()
+    no_target = "no text" if data.format == "text" else "nothing to learn in it"
     too_long = f"longer than data.max_length={data.max_length}"
     starts = range(0, len(rows), ROWS_AT_ONCE)
     for start in track(starts, "tokenizing", "k row", len(starts), shown=show_progress):
-        encoded = encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)
-        for source, (ids, targets) in enumerate(encoded, start):
-            row_labels = _mask(ids, targets)
-            if not _has_target(row_labels):
-                dropped["no text" if data.format == "text" else "nothing to learn in it"] += 1
-                continue
-            if not wrapped and len(ids) > data.max_length:
-                ids, row_labels = ids[: data.max_length], row_labels[: data.max_length]
-                if not _has_target(row_labels):
-                    dropped[f"its prompt is {too_long}"] += 1
-                    continue
-                cut[too_long] += 1
-            tokens.extend(ids)
-            labels.extend(row_labels)
-            offsets.append(len(tokens))
-            sources.append(source)
-    tokens, labels = np.asarray(tokens, np.int32), np.asarray(labels, np.int32)
+        batch = _flat(list(encode(rows[start : start + ROWS_AT_ONCE], start, data, tokenizer)))
+        inside = batch.positions < (len(batch.tokens) if wrapped else data.max_length)
+        # A row without a target teaches nothing, and the first token is predicted from nothing.
+        target = batch.is_target & (batch.positions > 0)
+        has_target, kept = batch.rows_with(target), batch.rows_with(target & inside)
+        dropped[no_target] += int((~has_target).sum())
+        dropped[f"its prompt is {too_long}"] += int((has_target & ~kept).sum())
+        cut[too_long] += int((kept & batch.rows_with(~inside)).sum())
+        taken = inside & kept[batch.rows]
+        tokens, labels = batch.tokens[taken], np.where(batch.is_target, batch.tokens, IGNORE)[taken].astype(np.int32)
+        lengths = np.bincount(batch.rows[taken], minlength=len(kept))[kept]
+        batches.append((tokens, labels, lengths, start + np.flatnonzero(kept)))
+    tokens, labels, lengths, sources = map(np.concatenate, zip(*batches, strict=True))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    dropped, cut = +dropped, +cut  # without those of which there are none
     counts: dict[str, Any] = {"rows": len(rows), "kept": len(sources), "dropped": dict(dropped), "cut": dict(cut)}
     if wrapped:
         rest = len(tokens) % data.max_length
@@ -334,9 +421,32 @@ def in_blocks(rows: TokenizedRows, size: int) -> TokenizedRows:
     )
 
 
-def _has_target(labels: list[int]) -> bool:
-    """Whether anything is learned: the first token is predicted from nothing."""
-    return any(label != IGNORE for label in labels[1:])
+class _Flat(NamedTuple):
+    """The tokens of a batch of rows, one row after another, and for each of them:"""
+
+    tokens: np.ndarray  # int32
+    rows: np.ndarray  # int64: the row that it is in
+    positions: np.ndarray  # int64: in that row
+    is_target: np.ndarray  # bool
+    number_of_rows: int
+
+    def rows_with(self, which: np.ndarray) -> np.ndarray:
+        """For each row, whether it has a token of `which`; bool [number_of_rows]."""
+        return np.bincount(self.rows[which], minlength=self.number_of_rows) > 0
+
+
+def _flat(encoded: list[tuple[list[int], int | list[bool]]]) -> _Flat:
+    """Rows of tokens with the first target's position or, for each token, whether it is one."""
+    lengths = np.array([len(ids) for ids, _ in encoded])
+    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), np.int32, lengths.sum())
+    rows = np.repeat(np.arange(len(encoded)), lengths)
+    positions = np.arange(len(tokens)) - (np.cumsum(lengths) - lengths)[rows]
+    targets: list[Any] = [targets for _, targets in encoded]
+    if isinstance(targets[0], int):
+        is_target = positions >= np.array(targets)[rows]
+    else:
+        is_target = np.fromiter(chain.from_iterable(targets), np.bool_, len(tokens))
+    return _Flat(tokens, rows, positions, is_target, len(encoded))
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
@@ -363,32 +473,26 @@ def _full_blocks(tokens: np.ndarray, labels: np.ndarray, length: int) -> tuple[n
     return tokens[kept].ravel(), labels[kept].ravel()
 
 
-def _mask(ids: list[int], targets: int | list[bool]) -> list[int]:
-    """Labels of `ids`; `targets` is the first target's position, or, for each token, whether it is one."""
-    if isinstance(targets, int):
-        return [IGNORE] * min(targets, len(ids)) + ids[targets:]
-    return [each if is_target else IGNORE for each, is_target in zip(ids, targets, strict=True)]
-
-
 def _encode_texts(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
     texts = _texts(batch, data.text_column, start, data)
     written = [text for text in texts if text.strip()]
     before, after = _added_tokens(tokenizer)
     encoded = iter(_encode(tokenizer, written)["input_ids"] if written else ())
+    eos = tokenizer.eos_token_id
     for text in texts:
         ids = next(encoded) if text.strip() else []
-        yield (_with_eos(ids[: len(ids) - after], before, tokenizer) if ids else []), 0
+        yield (_with_eos(ids[: len(ids) - after], before, eos) if ids else []), 0
 
 
 def _encode_pairs(batch: dict[str, list], start: int, data: DataConfig, tokenizer) -> Iterator[tuple[list[int], int]]:
     prompts = render_prompts(batch, data, start)
     responses = _texts(batch, data.response_column, start, data)
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    _, after = _added_tokens(tokenizer)
+    (_, after), eos = _added_tokens(tokenizer), tokenizer.eos_token_id
     for prompt, encoding in zip(prompts, _encodings(tokenizer, texts), strict=True):
         ids = encoding.ids[: len(encoding.ids) - after]
         first = _within(encoding, len(ids), len(prompt)).start
-        yield _with_eos(ids, first, tokenizer), first
+        yield _with_eos(ids, first, eos), first
 
 
 def _encode_messages(
@@ -473,9 +577,9 @@ def _added_tokens(tokenizer) -> tuple[int, int]:
     return before, max(0, len(full) - before - len(bare))
 
 
-def _with_eos(ids: list[int], first: int, tokenizer) -> list[int]:
+def _with_eos(ids: list[int], first: int, eos: int) -> list[int]:
     """`ids` with EOS at their end, unless the part from `first` on ends with one."""
-    return ids if ids[first:] and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    return ids if len(ids) > first and ids[-1] == eos else [*ids, eos]
 
 
 def render_prompts(batch: dict[str, list], data: DataConfig, start: int = 0) -> list[str]:

@@ -1,9 +1,10 @@
-"""Measures: FLOPs a token, the hardware's peak, GPU memory, host memory of the whole process tree."""
+"""Measures: FLOPs a token, the hardware's peak, start-up by phase, GPU memory, host memory of the process tree."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 
 import psutil
 import torch
@@ -45,6 +46,29 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     words = torch.cuda.get_device_name(device).replace("-", " ").replace("/", " ").split()
     known = next((PEAK_TFLOPS[word] for word in words if word in PEAK_TFLOPS), None)
     return known[dtype == torch.float32] * 1e12 if known else None
+
+
+class StartUp:
+    """Seconds from the start of a command to the end of its first optimizer step, by phase.
+
+    - `imports`: the launcher, Python's libraries, the process group, until the run folder is opened
+    - `data`: rows are read and tokenized, or found in the cache; the tokenizer and the model's configuration before
+    - `model`: weights are loaded, wrapped and sharded; the optimizer and the checkpoint to resume from
+    - `first_step`: the tracker, the held-out loss before training, compilation and the first step
+    - `total`: their sum
+    """
+
+    def __init__(self, started_at: float):
+        self.seconds: dict[str, float] = {}
+        self._started = self._last = started_at
+
+    def end(self, phase: str) -> None:
+        """`phase` has ended just now, and the next one begins; only the first end of a phase counts."""
+        if phase not in self.seconds:
+            now = time.time()
+            self.seconds[phase], self._last = round(now - self._last, 2), now
+            if phase == "first_step":
+                self.seconds["total"] = round(now - self._started, 2)
 
 
 class HostMemory:

@@ -7,6 +7,7 @@ they are), nothing is cached, and text is UTF-8 whatever the locale.
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -156,11 +157,14 @@ def _object(row: Any, number: int) -> dict[str, Any]:
     return row
 
 
+_NUMBERS_AS_WRITTEN = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number)
+
+
 def _decode(text: bytes, where: str = "") -> Any:
     if not text.strip():
         raise Unreadable("it has no rows")
     try:
-        return json.loads(text.decode("utf-8-sig"), parse_int=Number, parse_float=Number, parse_constant=Number)
+        return _NUMBERS_AS_WRITTEN.decode(text.removeprefix(codecs.BOM_UTF8).decode())
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if where else f"line {error.lineno}, column {error.colno}"
         raise Unreadable(f"cannot be read as json: {where}{error.msg} ({place})") from None

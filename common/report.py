@@ -71,7 +71,16 @@ def summary_lines(summary: dict) -> list[tuple[str, str]]:
         ("peak GPU", show("peak_gpu_gib", ".2f", " GiB")),
         ("peak host", show("peak_host_gib", ".2f", " GiB")),
         ("time", show("seconds", ",.0f", " s")),
+        ("start-up", _start_up(summary.get("startup", {}))),
     ]
+
+
+def _start_up(seconds: dict[str, float]) -> str:
+    """Such as `31.2 s: imports 12.0, data 0.5, model 8.1, first step 10.6`; MISSING if no step was made."""
+    if "total" not in seconds:
+        return MISSING
+    phases = (f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "total")
+    return f"{seconds['total']:.1f} s: {', '.join(phases)}"
 
 
 def devices(environment: dict, kind: str = "") -> str:

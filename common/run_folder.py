@@ -25,7 +25,7 @@ from common.export import Export, check_space, gather_all
 from common.files import check_writable, remove, write_json
 from common.hub import push_to_hub
 from common.json_lines import JsonLines, finite
-from common.metrics import HostMemory, flops_per_token, peak_flops, peak_gpu_gib
+from common.metrics import HostMemory, StartUp, flops_per_token, peak_flops, peak_gpu_gib
 from common.model_card import model_card
 from common.progress import Progress
 from common.redaction import without_secrets
@@ -69,6 +69,8 @@ class RunFolder:
         if exports:
             self._export = Export(cfg.model, self.model, cfg.export.dtype)
         self._host = HostMemory(launcher_pid())
+        self._start_up = StartUp(environment.get("started_at", time.time()))
+        self._start_up.end("imports")
 
     def begin(
         self,
@@ -87,6 +89,7 @@ class RunFolder:
             raise UserError(f"output_dir={self.cfg.output_dir} is not on this machine: all machines must share it")
         if not self.is_main:
             return
+        self._start_up.end("model")
         check_space(self.path, sum(p.numel() for p in model.parameters()), self.checkpoints, first_step < total_steps)
         self._remove_stale(first_step, total_steps)
         save_config(self.cfg, self.path / "config.yaml")
@@ -159,6 +162,7 @@ class RunFolder:
         """What became of the rows of data: `counts` of `tokenized_rows`. Printed, and kept for the summary."""
         self._rows = counts
         if self.is_main:
+            self._start_up.end("data")
             parts = (f"{name.replace('_', '-')}: {describe_counts(part)}" for name, part in counts.items())
             print(f"Data: {'; '.join(parts)}")
 
@@ -168,6 +172,7 @@ class RunFolder:
         """One optimizer step of this many tokens, over all ranks, and seconds."""
         if not self.is_main:
             return
+        self._start_up.end("first_step")
         record = {
             "step": step,
             "epoch": round(epoch, 4),
@@ -265,6 +270,7 @@ class RunFolder:
             "peak_gpu_gib": max(r["peak_gpu_gib"] for r in steps) or None,  # null on a CPU
             "peak_host_gib": max(*(r["peak_host_gib"] for r in steps), round(self._host.peak_gib, 3)),
             "seconds": round(records[-1]["seconds"], 1),
+            "startup": self._start_up.seconds,
         }
 
     def _write(self, record: dict) -> None:

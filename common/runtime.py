@@ -67,6 +67,11 @@ def launcher_pid() -> int:
     return os.getppid() if launched else os.getpid()
 
 
+def command_started_at() -> float:
+    """When the command that this process belongs to was started: its launcher, or this process. Seconds since 1970."""
+    return psutil.Process(launcher_pid()).create_time()
+
+
 def check_device(cfg: BaseConfig, device: torch.device) -> None:
     """Raise `UserError` for a GPU as `check_gpu` does, and for a CPU that `runtime.allow_cpu=false` rules out."""
     if device.type == "cpu" and not cfg.runtime.allow_cpu and not cfg.model.name.startswith("tiny:"):
@@ -232,6 +237,7 @@ def describe_environment(world_size: int, precision: str) -> dict:
         "world_size": world_size,
         "precision": precision,
         "git_commit": git_commit(),
+        "started_at": command_started_at(),
     }
 
 

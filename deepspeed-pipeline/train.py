@@ -215,6 +215,8 @@ def train(cfg: Config) -> None:
         tokenizer = models.load_tokenizer(cfg.model)
         model_config = models.load_model_config(cfg.model, cfg.data)
         check_family(model_config, cfg.model.name)
+        rows, held_out = build_dataloaders(cfg, tokenizer, pipeline, pipelines)
+        run.log_rows(rows.counts)
         measure = partial(costs, cfg, model_config, device, dtype)
         partition, found_costs = layers_by_stage(model_config, cfg.pipeline.partition, stages, measure)
         environment["pipeline"] = {"layers_by_stage": partition, "pipelines": pipelines, "micro_batches": micro_batches}
@@ -222,8 +224,6 @@ def train(cfg: Config) -> None:
             environment["pipeline"][f"{cfg.pipeline.partition}_costs"] = found_costs._asdict()
         if rank == 0:
             print(describe(partition, found_costs, cfg.pipeline.partition))
-        rows, held_out = build_dataloaders(cfg, tokenizer, pipeline, pipelines)
-        run.log_rows(rows.counts)
         engine, model = build_model(cfg, settings, partition, device, dtype)
         zero = engine.optimizer
 

@@ -71,7 +71,9 @@ def prepare(cfg: Config, tokenizer, folder: Path, world_size: int) -> Prepared:
     """Write the two files into `folder`. Raises `UserError` for what loading and tokenizing data raises."""
     check_data_settings(cfg)
     training, held_out = data.load_rows(cfg.data, cfg.seed)
-    rows, held_out_rows = _learnable(training, cfg, tokenizer), _learnable(held_out, cfg, tokenizer)
+    whole = dataclasses.replace(cfg.data, packing="none")
+    cached = data.cached_rows(whole, cfg.seed, tokenizer, show_progress=True)
+    rows, held_out_rows = _learnable(cached["training"]), _learnable(cached["held_out"])
     if cfg.data.packing == "documents":
         rows = data.in_blocks(rows, cfg.data.max_length)
     # The steps of the other projects, in which a global batch is sorted by length.
@@ -95,9 +97,8 @@ def prepare(cfg: Config, tokenizer, folder: Path, world_size: int) -> Prepared:
     )
 
 
-def _learnable(rows, cfg: Config, tokenizer) -> data.TokenizedRows:
+def _learnable(tokenized: data.TokenizedRows) -> data.TokenizedRows:
     """The tokens of the rows that Foundry keeps: none without a token before the response."""
-    tokenized = data.tokenize(rows, cfg.data, tokenizer, packing="none")
     starts = tokenized.offsets[:-1]
     kept = tokenized.labels[starts] == IGNORE
     if kept.all():

@@ -57,6 +57,7 @@ from common.errors import UserError
 from common.hub import check_can_push, token
 from common.loss import check_loss
 from common.run_folder import RunFolder
+from common.token_cache import wait_for_all_ranks
 
 
 def setup_distributed(cfg: Config) -> tuple[int, int, torch.device]:
@@ -205,6 +206,7 @@ def train(cfg: Config) -> None:
                 values = foundry_variables(cfg, folder, model, prepared, dtype, checkpoint)
                 write_settings(cfg, settings, values, new / "foundry.yaml")
             shared = [(prepared, same_run, first_step, checkpoint)]
+        wait_for_all_ranks(succeeded=True)  # to tokenize many rows takes longer than a collective waits
         dist.broadcast_object_list(shared)
         prepared, same_run, first_step, checkpoint = shared[0]
         run.log_rows(prepared.counts)

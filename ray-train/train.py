@@ -156,10 +156,10 @@ def train_loop_per_worker(config: dict) -> None:
     """What runs in every worker. Ray sends this function and its argument there; it must need nothing else."""
     logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO
     with output_to(config["console"] if ray.train.get_context().get_world_rank() == 0 else None):
-        train(config["cfg"], config["ds_config"], config["stop"])
+        train(config["cfg"], config["ds_config"], config["stop"], config["started_at"])
 
 
-def train(cfg: Config, ds_config: dict, stop) -> None:
+def train(cfg: Config, ds_config: dict, stop, started_at: float) -> None:
     rank, world_size, device = setup_distributed(cfg)
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     settings = engine_settings(ds_config, cfg, dtype, accumulation_steps(cfg, world_size))
@@ -168,7 +168,7 @@ def train(cfg: Config, ds_config: dict, stop) -> None:
     cfg.checkpoint.resume = where_to_resume(cfg.checkpoint.resume)
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(rank == 0)
-    environment = runtime.describe_environment(world_size, reason) | {"nodes": nodes()}
+    environment = runtime.describe_environment(world_size, reason) | {"nodes": nodes(), "started_at": started_at}
     with RunFolder(cfg, PROJECT, rank == 0, environment) as run, runtime.explain_out_of_memory(cfg):
         tokenizer = models.load_tokenizer(cfg.model)
         architecture = models.architecture(models.load_model_config(cfg.model, cfg.data))
@@ -220,15 +220,16 @@ def train(cfg: Config, ds_config: dict, stop) -> None:
 def main() -> int:
     cfg = parse_config(Config, __file__)
     ds_config = read_ds_config(cfg.ray.ds_config, Path(__file__).parent)
+    settings = {"cfg": cfg, "ds_config": ds_config, "started_at": runtime.command_started_at()}
     request = runtime.StopRequest(cfg.runtime)
     if "RANK" in os.environ:  # torchrun or deepspeed has started this process as a worker
-        return run_without_cluster(train_loop_per_worker, cfg, ds_config, request)
+        return run_without_cluster(train_loop_per_worker, settings | {"stop": request, "console": None})
     with ray_cluster() as resources:
         workers, use_gpu = place(cfg.ray.workers, resources)
         console, stop = open_run_folder(cfg)
         trainer = TorchTrainer(
             train_loop_per_worker,
-            train_loop_config={"cfg": cfg, "ds_config": ds_config, "stop": stop, "console": console},
+            train_loop_config=settings | {"stop": stop, "console": console},
             torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=int(cfg.runtime.timeout_minutes * 60)),
             scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=ray.train.RunConfig(

@@ -15,8 +15,6 @@ import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 
 from common.checkpoints import Checkpoints
-from common.config import BaseConfig
-from common.runtime import StopRequest
 
 
 def nodes() -> list[str]:
@@ -62,11 +60,10 @@ def report_earlier(checkpoints: Checkpoints, first_step: int) -> None:
         report(folder)
 
 
-def run_without_cluster(loop: Callable, cfg: BaseConfig, ds_config: dict, stop: StopRequest) -> int:
-    """Call `loop` in this process, which a launcher has started: Ray's local mode. Returns the exit code."""
+def run_without_cluster(loop: Callable, config: dict) -> int:
+    """Call `loop(config)` in this process, which a launcher has started: Ray's local mode. Returns the exit code."""
     os.environ.setdefault("LOCAL_RANK", "0")  # Ray joins the launcher's process group only if all of them are set
     os.environ.setdefault("LOCAL_WORLD_SIZE", "1")
-    config = {"cfg": cfg, "ds_config": ds_config, "stop": stop, "console": None}
     scaling = ray.train.ScalingConfig(num_workers=0, use_gpu=torch.cuda.is_available())
     TorchTrainer(loop, train_loop_config=config, scaling_config=scaling).fit()
     return 0

@@ -13,6 +13,7 @@ ASHA stops it if earlier trials were better at the same step. All trials have th
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from settings import PROJECT, Config
@@ -75,7 +76,7 @@ def search(cfg: Config) -> None:
     if winner is None:
         raise outcome.all_failed(cfg, PROJECT, trials)
     final = outcome.final_run(cfg, winner)
-    for _ in train(final, tokenizer, rows, held_out, stop, is_trial=False):
+    for _ in train(final, tokenizer, rows, held_out, stop, is_trial=False, started_at=time.time()):
         pass
     outcome.finish(cfg, trials, winner)
     only_one.close()

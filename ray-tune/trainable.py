@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import os
+import time
 from typing import Any
 
 import space
@@ -43,7 +44,7 @@ class Trial(tune.Trainable):
         cfg.train, cfg.output_dir = space.with_parameters(cfg, config), str(folder)
         cfg.hub.repo_id = ""
         os.environ["WANDB_RUN_GROUP"] = folder.parent.parent.name
-        self.training = train(cfg, tokenizer, rows, held_out, self.stopping, is_trial=True)
+        self.training = train(cfg, tokenizer, rows, held_out, self.stopping, is_trial=True, started_at=time.time())
 
     def step(self) -> dict[str, Any]:
         """Train up to the next evaluation; its result for ASHA, the table and the search algorithm."""

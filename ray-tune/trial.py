@@ -109,16 +109,19 @@ def load_checkpoint(folder: Path, model, optimizer, scaler) -> None:
     runtime.load_rng(folder, 0)
 
 
-def train(cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_trial: bool) -> Iterator[dict[str, Any]]:
+def train(
+    cfg: Config, tokenizer, rows: data.TokenizedRows, held_out, stop, is_trial: bool, started_at: float | None = None
+) -> Iterator[dict[str, Any]]:
     """The training loop. Yields each held-out loss, before the last, to the caller, who may close it to stop the run.
 
-    `stop.reason` says when to save and leave. A trial exports no model: only the best one's is needed.
+    `stop.reason` says when to save and leave. A trial exports no model: only the best one's is needed. `started_at` is
+    when this run of a search began.
     """
     device = setup_device(cfg)
     dtype, reason = runtime.resolve_precision(cfg.train.precision, device)
     runtime.seed_everything(cfg.seed)
     runtime.only_main_shows_progress(not is_trial)
-    environment = runtime.describe_environment(1, reason)
+    environment = runtime.describe_environment(1, reason) | ({"started_at": started_at} if started_at else {})
     with (
         RunFolder(cfg, PROJECT, True, environment, exports=not is_trial, advice="") as run,
         runtime.explain_out_of_memory(cfg),

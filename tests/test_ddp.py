@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 
 import psutil
 import pytest
@@ -124,14 +125,20 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     settings = [*RESUME, "checkpoint.every=0", f"output_dir={tmp_path}"]
+    began = time.time()
     process = start(PROJECT, *settings, cold=True)
     wait_for_step(process, tmp_path, 12)
+    stepping = time.time()
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "interrupted" and 12 <= summary["steps"] < 40, output
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{summary['steps']:08d}"]
     assert not (tmp_path / "model").exists()
+    # Start-up counts from the command, launch.sh, on.
+    assert abs(json.loads((tmp_path / "environment.json").read_text())["started_at"] - began) < 1
+    startup = summary["startup"]
+    assert startup["imports"] > 1 and startup["total"] < stepping - began + 1
 
     run(PROJECT, *settings, processes=1)
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"

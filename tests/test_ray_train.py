@@ -214,8 +214,11 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbed, tmp_path):
+    began = time.time()
     process = start(PROJECT, *RESUME, f"output_dir={tmp_path}", cold=True, **RAY)
     wait_for_step(process, tmp_path, 14, seconds=280)
+    # Start-up counts from the command, of which a worker's process knows nothing.
+    assert abs(json.loads((tmp_path / "environment.json").read_text())["started_at"] - began) < 1
     workers = workers_of(process)
     assert len(workers) == 2
     workers[1].kill()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,30 @@ def train(folder: Path, model, steps: int, resume: str = "auto", before=lambda m
         run.save_model(model)
         before("end")
         run.finish("completed")
+
+
+def test_start_up_is_measured_by_phase_up_to_the_first_step(model, tmp_path, capsys):
+    rows = {"rows": 1, "kept": 1, "dropped": {}, "cut": {}}
+    step = {"seconds": 0.5, "tokens": 1000, "epoch": 1.0, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0}
+    environment = {"world_size": 1, "started_at": time.time() - 5}  # the launcher and the imports took so long
+    with RunFolder(BaseConfig(output_dir=str(tmp_path)), "pytorch-ddp", True, environment) as run:
+        time.sleep(0.2)
+        run.log_rows({"training": rows, "held_out": rows})
+        time.sleep(0.4)
+        run.begin(model, CPU, torch.float32, 0, 2, None)
+        run.log_evaluation(0, 3.0)
+        time.sleep(0.6)
+        run.log_step(1, **step)
+        time.sleep(0.3)
+        run.log_step(2, **step)
+        run.finish("completed")
+    startup = json.loads((tmp_path / "summary.json").read_text())["startup"]
+    assert list(startup) == ["imports", "data", "model", "first_step", "total"]
+    for phase, least in (("imports", 5.0), ("data", 0.2), ("model", 0.4), ("first_step", 0.6)):
+        assert least <= startup[phase] < least + 1, phase
+    assert startup["total"] == pytest.approx(sum(list(startup.values())[:-1]), abs=0.05)
+    phases = "imports {imports:.1f}, data {data:.1f}, model {model:.1f}, first step {first_step:.1f}".format(**startup)
+    assert f"{startup['total']:.1f} s: {phases}" in capsys.readouterr().out
 
 
 # --- what it prints
