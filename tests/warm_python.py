@@ -185,11 +185,12 @@ def zygote(path: str, owner: int, ready: int, imports: list[str]) -> dict:
     import importlib
     import select
 
+    gc.disable()  # what is imported stays
     for name in imports:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit(f"an import has started threads: {os.listdir('/proc/self/task')}")
     with contextlib.suppress(FileNotFoundError):
