@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import cpuinfo
 import psutil
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ def build_cpu_adam() -> None:
     Raises `UserError` if the compiler or ninja is missing or fails.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    # DeepSpeed asks three times, and each answer takes a process that runs for a second.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
         find_tools()
         if first:

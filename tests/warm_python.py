@@ -65,7 +65,8 @@ BASE = ("torch", "torch.distributed.run", "torch.distributed.elastic.multiproces
         "torch.distributed.checkpoint.state_dict", "datasets", "accelerate", "matplotlib.figure", "omegaconf",
         "psutil", "torch.distributed.fsdp")  # fmt: skip
 RAY_WORKER = "ray/_private/workers/default_worker.py"
-DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch")
+# Its engine imports torch's compiler when it starts, by way of Muon.
+DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch", "deepspeed.runtime.zero.muon.muon_optimizer")
 FOUNDRY = ("composer", "llmfoundry", "llmfoundry.command_utils")
 
 
