@@ -29,8 +29,7 @@ def build_cpu_adam() -> None:
     Raises `UserError` if the compiler or ninja is missing or fails.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    # DeepSpeed asks three times, and each answer takes a process that runs for a second.
-    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    ask_for_the_cpu_once()
     if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
         find_tools()
         if first:
@@ -40,6 +39,11 @@ def build_cpu_adam() -> None:
     dist.barrier()
     if not first:
         _load(True)
+
+
+def ask_for_the_cpu_once() -> None:
+    """DeepSpeed asks three times what CPU this is, and each answer takes a process that sleeps for a second."""
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def find_tools() -> None:
