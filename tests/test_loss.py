@@ -329,7 +329,7 @@ def test_the_check_needs_no_weights_and_leaves_the_random_numbers_as_they_were()
         ("bert", {}, "those after it"),
         (
             "git",
-            {"vision_config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}},
+            {"vision_config": {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1}},
             "cannot be trained here",
         ),  # wants an image
     ],
