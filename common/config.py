@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import difflib
+import gc
 import math
 import sys
 from dataclasses import dataclass, field
@@ -212,10 +213,12 @@ def parse_config(config_class: type[C], script: str, argv: list[str] | None = No
 def check_command_line(config_class: type[BaseConfig], script: str) -> None:
     """Answer `--help`, `--check` and a wrong setting right away.
 
-    A script calls this before it imports torch, which takes seconds.
+    A script calls this before it imports torch, which takes seconds; a quarter fewer without garbage collection, since
+    what is imported stays. `errors.run` turns it on again.
     """
     with errors.reported():
         parse_config(config_class, script)
+    gc.disable()
 
 
 def load_config(config_class: type[C], path: Path, overrides: list[str]) -> C:

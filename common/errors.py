@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import re
 import shutil
@@ -54,6 +55,8 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and end the process: with what it returns, or as `reported` ends it."""
+    gc.freeze()  # what was imported is no garbage
+    gc.enable()
     with reported():
         sys.exit(main() or 0)
 

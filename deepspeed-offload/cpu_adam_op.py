@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import cpuinfo
 import psutil
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ def build_cpu_adam() -> None:
     Raises `UserError` if the compiler or ninja is missing or fails.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    ask_for_the_cpu_once()
     if not installed_ops.get(CPUAdamBuilder.NAME):  # else it came compiled with the package
         find_tools()
         if first:
@@ -36,6 +39,11 @@ def build_cpu_adam() -> None:
     dist.barrier()
     if not first:
         _load(True)
+
+
+def ask_for_the_cpu_once() -> None:
+    """DeepSpeed asks three times what CPU this is, and each answer takes a process that sleeps for a second."""
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 
 def find_tools() -> None:

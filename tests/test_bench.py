@@ -1,7 +1,7 @@
 """What the measuring programs write into a record, and that it names what was measured."""
 
 import json
-import shutil
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from launching import finished_run, metrics
 
-from common import pydoc_data
+from common import pydoc_data, runtime
 from tools import results
 
 
@@ -49,25 +49,22 @@ def test_a_speed_is_the_median_of_the_windows_and_the_caption_says_how_far_they_
     assert results.provenance([record(), changed]) == "Commit 0123456789, with local changes."
 
 
-def test_nothing_is_measured_with_local_changes_but_on_request(tmp_path):
+def test_nothing_is_measured_with_local_changes_but_on_request(cases, tmp_path, monkeypatch):
     subprocess.run(["git", "clone", "-q", "--shared", str(REPOSITORY), str(tmp_path)], check=True)
-    for folder in ("bench", "common"):  # what this working tree has, committed there
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder, dirs_exist_ok=True)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "--all", "--message=x"], check=True)
-    call = [sys.executable, "bench/ddp.py", "--only", "speed-2gpu", "--results", str(tmp_path / "results/pytorch-ddp")]
+    monkeypatch.setattr(runtime, "REPOSITORY", tmp_path)
 
-    def measure(*options):
-        environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([*call, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 1
-        return done.stderr
+    def error_of(*options):
+        words = ["--only", "speed-2gpu", "--results", str(tmp_path / "results/pytorch-ddp"), *options]
+        monkeypatch.setattr(sys, "argv", ["ddp.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(REPOSITORY / "bench/ddp.py"), run_name="__main__")
+        return ended.value.code
 
     (tmp_path / "results/pytorch-ddp/speed-1gpu.json").write_text("{}")  # what an earlier case of the same call wrote
-    assert "error: these cases need 2 GPUs" in measure()
+    assert error_of().startswith("error: these cases need 2 GPUs")
     (tmp_path / "pytorch-ddp/train.py").write_text("")
-    assert "commit them first, or add --dirty" in measure()
-    assert "error: these cases need 2 GPUs" in measure("--dirty")
+    assert "commit them first, or add --dirty" in error_of()
+    assert error_of("--dirty").startswith("error: these cases need 2 GPUs")
 
 
 @pytest.mark.slow

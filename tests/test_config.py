@@ -1,5 +1,6 @@
 """Configuration: what wins over what, and that every mistake is one line that names its key and what to set."""
 
+import gc
 import math
 import os
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, refused
 
+from common import errors
 from common.config import (
     BaseConfig,
     ModelConfig,
     TrainConfig,
     accumulation_steps,
+    check_command_line,
     flatten,
     key,
     load_config,
@@ -277,6 +280,16 @@ def test_every_default_is_within_its_own_limits():
         assert minimum is None or (default >= minimum and math.isfinite(default)), name
 
 
+def test_no_garbage_is_collected_while_a_script_imports(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [TRAIN_PY, "--config", "smoke.yaml"])
+    collected = [gc.isenabled()]
+    check_command_line(BaseConfig, TRAIN_PY)
+    collected.append(gc.isenabled())
+    with pytest.raises(SystemExit):
+        errors.run(lambda: collected.append(gc.isenabled()))
+    assert collected == [True, False, True]
+
+
 def test_a_script_ends_with_one_error_line_and_exit_code_2():
     done = subprocess.run(
         [sys.executable, TRAIN_PY, "bad.key=1"],
@@ -286,7 +299,7 @@ def test_a_script_ends_with_one_error_line_and_exit_code_2():
         timeout=120,
     )
     assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, done.stderr
-    assert "unknown key bad.key" in errors[0]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    assert "unknown key bad.key" in lines[0]
     assert "Traceback" not in done.stderr + done.stdout

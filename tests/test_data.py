@@ -615,7 +615,8 @@ def test_a_folder_s_files_are_its_splits_as_written(tmp_path):
 def test_text_is_utf8_and_rows_are_the_same_in_any_locale_and_hash_seed(tmp_path):
     path = written(tmp_path / "rows.csv", [{"text": f"é{i} 中"} for i in range(9)])
     script = (
-        "import sys; from common.config import DataConfig, ModelConfig; from common.data import load_rows, tokenize; "
+        "import gc, sys; gc.disable(); "
+        "from common.config import DataConfig, ModelConfig; from common.data import load_rows, tokenize; "
         "from common.models import load_tokenizer; data = DataConfig(name=sys.argv[1], eval_rows=2); "
         "print(tokenize(load_rows(data, 1)[0], data, load_tokenizer(ModelConfig('tiny:qwen2'))).fingerprint())"
     )

@@ -86,14 +86,28 @@ def asked(hub: HubServer, ending: str) -> list[tuple[str, int]]:
 # ---- models and datasets
 
 
-def test_model_and_tokenizer_survive_the_round_trip(hub, client):
+def test_model_and_tokenizer_survive_the_round_trip(hub, client, tmp_path):
     """A model pushed by one process gives the same logits, and its tokenizer the same ids, in another one."""
-    build = """
+    code = """
+import os
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-"""
-    push = """
+
+def tell():
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return [ids.tolist(), model(ids).logits.double().tolist(), tokenizer.decode(ids[0]), tokenizer.eos_token]
+
+# Two processes for one's imports: the fork pulls what its parent has pushed, without its token.
+pushed, go = os.pipe()
+if os.fork() == 0:
+    os.environ.pop("HF_TOKEN")
+    os.read(pushed, 1)
+    model = AutoModelForCausalLM.from_pretrained("alice/tiny", torch_dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained("alice/tiny")
+    pathlib.Path(pulled).write_text(json.dumps(tell()))
+    os._exit(0)
 core = Tokenizer(models.BPE())
 core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 core.decoder = decoders.ByteLevel()
@@ -107,19 +121,13 @@ sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_atte
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).eval()
 model.push_to_hub("alice/tiny")
 tokenizer.push_to_hub("alice/tiny")
-"""
-    pull = """
-model = AutoModelForCausalLM.from_pretrained("alice/tiny", torch_dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained("alice/tiny")
-"""
-    tell = """
-ids = tokenizer(text, return_tensors="pt").input_ids
-with torch.no_grad():
-    report([ids.tolist(), model(ids).logits.double().tolist(), tokenizer.decode(ids[0]), tokenizer.eos_token])
+report(tell())
+os.write(go, b"1")
+assert os.wait()[1] == 0
 """
     text = "Grüße, world: 2 + 2 = 4"
-    pushed = client(build + push + tell, ALICE, text=text)
-    pulled = client(build + pull + tell, text=text)
+    pushed = client(code, ALICE, text=text, pulled=str(tmp_path / "pulled.json"))
+    pulled = json.loads((tmp_path / "pulled.json").read_text())
     assert pulled == pushed
     assert pulled[2] == text
     (weights,) = HfApi(endpoint=hub.url, token=False).get_paths_info("alice/tiny", "model.safetensors")

@@ -327,7 +327,11 @@ def test_the_check_needs_no_weights_and_leaves_the_random_numbers_as_they_were()
         ("mixtral", {"output_router_logits": True, "num_local_experts": 4}, "another loss"),  # adds a term
         ("bart", {"d_model": 16, "decoder_ffn_dim": 32, "decoder_layers": 1}, "another loss"),  # does not shift labels
         ("bert", {}, "those after it"),
-        ("git", {}, "cannot be trained here"),  # wants an image
+        (
+            "git",
+            {"vision_config": {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1}},
+            "cannot be trained here",
+        ),  # wants an image
     ],
 )
 def test_models_with_another_loss_are_refused(family, keys, why):

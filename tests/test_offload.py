@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 from conftest import REPOSITORY, refused
@@ -324,6 +325,16 @@ def test_a_wrong_ds_config_is_refused_with_the_key_and_what_to_set(modules, tmp_
     path.write_text(json.dumps(settings))
     with refused("ds.json", *words):
         modules["ds_settings"].read_ds_config(str(path), tmp_path)
+
+
+def test_deepspeed_is_told_once_what_cpu_this_is(modules, monkeypatch):
+    op, answers = modules["cpu_adam_op"], []
+    known = {"arch": "X86_64", "flags": ["avx2"]}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: answers.append(known) or known)
+    op.ask_for_the_cpu_once()
+    builder = op.CPUAdamBuilder()
+    assert (builder.cpu_arch(), builder.simd_width()) == ("-march=native", "-D__AVX256__")
+    assert len(answers) == 1
 
 
 def test_invalid_json_is_refused_with_line_and_column(modules, tmp_path):

@@ -181,11 +181,14 @@ def test_a_section_of_a_yaml_file_is_copied_with_its_comments(repository):
         results.update(repository, check=True)
 
 
-def test_plots_are_made_from_the_records_the_same_each_time(repository):
-    with refused("docs/figures/pytorch-ddp-speed.svg"):
-        figures.update(repository, check=True)
+def test_plots_are_made_from_the_records_the_same_each_time(repository, monkeypatch):
     figures.update(repository, check=False)
     figures.update(repository, check=True)
+    monkeypatch.setattr(figures, "FIGURES", {"pytorch-ddp-speed": figures.ddp_speed})  # one is enough for the rest
+    (repository / "docs/figures/pytorch-ddp-speed.svg").rename(repository / "made.svg")
+    with refused("docs/figures/pytorch-ddp-speed.svg"):
+        figures.update(repository, check=True)
+    (repository / "made.svg").rename(repository / "docs/figures/pytorch-ddp-speed.svg")
     assert (repository / "docs/figures/pytorch-ddp-speed.svg").read_text().count("1.96×") == 1
     change(repository / "results/pytorch-ddp/speed-2gpu.json", tokens_per_second=1)
     with refused("out of date"):

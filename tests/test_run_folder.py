@@ -213,7 +213,8 @@ def test_files_that_are_links_are_written_through(tmp_path):
 MOMENTS = ["begin", "step 3", "checkpoint 3", "manifest 3", "export", "end"]
 # Runs on a small disk of its own, which is full from one moment on. argv: that disk's folder, then the moments.
 SCRIPT = """
-import contextlib, io, json, shutil, sys
+import contextlib, gc, io, json, shutil, sys
+gc.disable()  # imports are quicker
 from pathlib import Path
 from test_run_folder import train
 from common.config import ModelConfig

@@ -50,7 +50,7 @@ SEARCH = [
     "checkpoint.every=10",
 ]
 HALF_A_GPU = "search.gpus_per_trial=0.5"  # two trials at a time in the cluster `one_gpu`, as on two CPU slots
-QUICK = ["data.eval_rows=16", "tracking.backend=none", "train.max_steps=12", "train.warmup_steps=0",
+QUICK = [*ROWS, "data.train_rows=400", "tracking.backend=none", "train.max_steps=12", "train.warmup_steps=0",
          "search.grace_period=4", "eval.every=4"]  # fmt: skip
 
 

@@ -41,7 +41,7 @@ import sys
 import time
 from pathlib import Path
 
-IDLE_SECONDS = 60
+IDLE_SECONDS = 180
 # What launchers and shells set differently in each process. No library reads them while it is imported.
 PER_PROCESS = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
@@ -52,7 +52,7 @@ PER_PROCESS = {
     "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "TEST_RUN", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME",
     "PYTHONSAFEPATH", "SPT_NOENV", "PL_DISABLE_FORK",
 }  # fmt: skip
-RAYS_OWN = ("RAY_", "TUNE_")  # nor these: no zygote imports Ray
+NEVER_IMPORTED = ("RAY_", "TUNE_", "WANDB_")  # nor these: no zygote imports Ray or W&B
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("mnt", "net", "pid", "user", "uts")
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator would start one
@@ -65,7 +65,8 @@ BASE = ("torch", "torch.distributed.run", "torch.distributed.elastic.multiproces
         "torch.distributed.checkpoint.state_dict", "datasets", "accelerate", "matplotlib.figure", "omegaconf",
         "psutil", "torch.distributed.fsdp")  # fmt: skip
 RAY_WORKER = "ray/_private/workers/default_worker.py"
-DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch")
+# Its engine imports torch's compiler when it starts, by way of Muon.
+DEEPSPEED = ("deepspeed", "deepspeed.launcher.launch", "deepspeed.runtime.zero.muon.muon_optimizer")
 FOUNDRY = ("composer", "llmfoundry", "llmfoundry.command_utils")
 
 
@@ -84,6 +85,8 @@ def make_bin(folder: Path, python: Path) -> Path:
 def import_list(arguments: list[str], environment: dict[str, str]) -> tuple[str, ...]:
     """What the command will import, by the project that it belongs to."""
     words = " ".join(arguments)
+    if "--check" in arguments:  # launch.sh looks at the settings: nothing is imported, and any zygote will do
+        return BASE
     if ".venv-foundry" in os.environ["WARM_PYTHON"]:
         return BASE + FOUNDRY
     if any(part in words for part in ("deepspeed", "ray-t", RAY_WORKER)) or "DS_ACCELERATOR" in environment:
@@ -100,6 +103,8 @@ def client(arguments: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WARM_")}
     is_module = len(command) > 1 and command[0] in ("-m", "-c")
     is_script = bool(command) and command[0].endswith(".py")
+    if is_script and "site-packages" in command[0] and RAY_WORKER not in command[0]:
+        is_script = False  # a library's own, which imports little: py-cpuinfo asks for the CPU's name so
     if not (is_module or is_script):
         os.execve(os.environ["WARM_PYTHON"], [os.environ["WARM_PYTHON"], *arguments], environment)
     connection = connect(import_list(command, environment), environment)
@@ -150,7 +155,7 @@ def read_line(connection: socket.socket) -> bytes:
 
 def connect(imports: tuple[str, ...], environment: dict[str, str]) -> socket.socket:
     """A connection to the zygote of this environment, which is started if there is none."""
-    shared = {k: v for k, v in environment.items() if k not in PER_PROCESS and not k.startswith(RAYS_OWN)}
+    shared = {k: v for k, v in environment.items() if k not in PER_PROCESS and not k.startswith(NEVER_IMPORTED)}
     place = [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES] + [os.getuid(), os.stat("/").st_ino]
     key = hashlib.sha1(json.dumps([imports, shared, place], sort_keys=True).encode()).hexdigest()[:16]
     path = f"{os.environ['WARM_FOLDER']}/{key}"
@@ -185,11 +190,12 @@ def zygote(path: str, owner: int, ready: int, imports: list[str]) -> dict:
     import importlib
     import select
 
+    gc.disable()  # what is imported stays
     for name in imports:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit(f"an import has started threads: {os.listdir('/proc/self/task')}")
     with contextlib.suppress(FileNotFoundError):
