@@ -231,7 +231,7 @@ def test_ray_replaces_a_worker_that_dies_and_the_losses_stay_the_same(undisturbe
 
 @pytest.mark.slow
 def test_a_worker_that_dies_in_a_run_that_went_back_does_not_bring_back_the_other_course(undisturbed, tmp_path):
-    """It goes on from step 16 with another learning rate, 20 being there too."""
+    """It resumes from step 16 with another learning rate, although step 20 is there."""
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints/step-00000018-mine").mkdir()  # a user's own copy
     settings = [*RESUME, f"checkpoint.resume={tmp_path}/checkpoints/step-00000016", "train.learning_rate=1e-4",
@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_to_the_last_bit(undisturbed, tm
     settings = [*RESUME, f"output_dir={tmp_path}"]
     process = start(PROJECT, *settings, cold=True, **RAY, HF_TOKEN=TOKEN)
     wait_for_step(process, tmp_path, 1, seconds=280)
-    # Ray's own folder, which is gone at the end of a run: its logs, its sockets, what it was told of the job.
+    # Ray's own folder, which is gone at the end of a run: its logs, its sockets, what it knows of the job.
     (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
     argument = next(a for a in raylet.cmdline() if a.startswith("--raylet_socket_name="))
     count, found = files_with_token(Path(argument.partition("=")[2]).parents[1])

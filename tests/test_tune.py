@@ -227,7 +227,7 @@ def test_a_search_that_was_stopped_and_then_killed_comes_to_the_same_end(whole, 
     expected, _, _ = whole
     folder = tmp_path / "search"
     process = start(PROJECT, *SEARCH, f"output_dir={folder}", cold=True)
-    wait_until(process, trial(folder, 1) / "metrics.jsonl", '"step": 4,')  # before the first rung: both go on
+    wait_until(process, trial(folder, 1) / "metrics.jsonl", '"step": 4,')  # before the first rung: both continue
     ray_folder = (folder / "ray-folder").read_text()
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=200)[0]
@@ -371,7 +371,7 @@ def test_without_early_stopping_the_trials_are_the_same(whole, one_gpu, modules,
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_reported_and_the_search_goes_on(one_gpu, tmp_path):
-    """With Optuna, and learning rates at some of which the loss is no number after a step or two."""
+    """With Optuna, and learning rates at some of which the loss is not a number after a step or two."""
     text = (REPOSITORY / PROJECT / "smoke.yaml").read_text().split("  space:")
     rest = text[1].partition("eval:")[2]
 
@@ -438,9 +438,9 @@ def curve(*values: float) -> dict[int, float]:
 def test_asha_compares_with_earlier_trials_whenever_they_report(modules):
     stops, rungs = modules["asha"].stops, modules["asha"].rungs
     assert rungs(10, 3, 270) == [10, 30, 90] and rungs(10, 3, 90) == [10, 30]
-    # The first trial is never stopped; the second is worse at the first rung; the third is better and goes on.
+    # The first trial is never stopped; the second is worse at the first rung; the third is better and continues.
     assert stops([(curve(5, 4, 3), True), (curve(6), True), (curve(4, 3, 2), True)], [10, 30], 3) == {1: 10}
-    # Of three losses at a rung, the best third goes on: 4.5 is above the 33rd percentile of 4 and 5.
+    # Of three losses at a rung, the best third continues: 4.5 is above the 33rd percentile of 4 and 5.
     assert stops([(curve(4), True), (curve(4), True), (curve(4.5), True)], [10], 3) == {2: 10}
     # Of 1, 2, 3 and 4 the best third ends at 2: a loss of 2.5 is among the better half, and not good enough.
     five = [(curve(loss), True) for loss in (1, 2, 3, 4, 2.5)]
@@ -482,7 +482,7 @@ def test_ashas_decisions_do_not_depend_on_the_order_of_the_reports(modules):
     ("last_rung", "status"), [(40, "stopped"), (50, "stopped"), (54, "completed"), (59, "completed")]
 )
 def test_a_full_budget_is_completed_wherever_the_last_rung_lies(modules, tmp_path, last_rung, status):
-    """Evaluations are every ten steps of sixty: the first one at or behind the last rung may be the last of all."""
+    """Evaluations are every ten steps of sixty: the first one at or after the last rung may be the last of all."""
     trials = modules["trials"].Trials(tmp_path, 60, [20, last_rung], 3)
     for number, loss in enumerate((2.0, 3.0)):  # the second one is worse at the last rung only
         folder = tmp_path / f"trial-{number:03d}"
@@ -651,7 +651,7 @@ def test_another_search_in_the_same_folder_is_refused(modules, tmp_path):
     begin(load_config(*config, [f"output_dir={tmp_path}", "seed=1", "checkpoint.resume=never"]), tmp_path, "abc")
     modules["outcome"].check_place(tmp_path)
     moved = shutil.copytree(tmp_path, tmp_path / "moved")
-    begin(load_config(*config, [f"output_dir={moved}", "seed=1"]), moved, "abc")  # of use, if no trial has to go on
+    begin(load_config(*config, [f"output_dir={moved}", "seed=1"]), moved, "abc")  # of use, if no trial has to continue
     with refused(f"output_dir={moved}", f"begun in {tmp_path}", "move it back"):
         modules["outcome"].check_place(moved)
 

@@ -106,7 +106,7 @@ def check(project: str, cfg: BaseConfig) -> None:
     check_can_push(cfg)
     check_dataset(cfg)
     place = models.located(cfg.model).name
-    model = models.empty_model(cfg.model)  # refuses what is gated, cannot be reached, or is no model
+    model = models.empty_model(cfg.model)  # refuses what is gated, cannot be reached, or is not a model
     is_attached = is_hub_id(cfg.model.name) and Path(place).is_dir()
     print(f"{'model':15} {cfg.model.name}" + (f", attached: {place}" if is_attached else ""))
     check_memory(project, cfg, model, machine)
