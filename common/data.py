@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import json
 import math
 import re
 import string
@@ -317,8 +318,11 @@ def cached_rows(
 
     identity = None  # a slow tokenizer does not say what it is
     if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for of_the_last_call in ("padding", "truncation"):
+            del state[of_the_last_call]
         identity = _identity(data, seed) | {
-            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "tokenizer": state,
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             "chat_template": tokenizer.chat_template,
         }

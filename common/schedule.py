@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import transformers
 
@@ -16,6 +18,8 @@ def lr_schedule(
     A function of the step alone: it is rebuilt at `first_step`, never saved, so that a run that continues with more
     steps is on their schedule at once. Build it after the optimizer's state is loaded.
     """
+    # A step that the loss scaler skips calls no `optimizer.step`, nor do DeepSpeed's own steps.
+    warnings.filterwarnings("ignore", r".*`lr_scheduler.step\(\)` before", UserWarning)
     for group in optimizer.param_groups:
         group["initial_lr"] = cfg.train.learning_rate
     warmup, last = cfg.train.warmup_steps, first_step - 1

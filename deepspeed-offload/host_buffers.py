@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -66,8 +65,6 @@ def share_buffers(zero) -> None:
     def step(group: int) -> None:
         _adam_w(zero.optimizer, group, all_masters[group], buffers[group], factor.item())
 
-    # torch's schedules look for a call of optimizer.step, which `step` stands in for.
-    warnings.filterwarnings("ignore", ".*`lr_scheduler.step\\(\\)` before", UserWarning)
     zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu = receive
     zero.unscale_and_clip_grads = note_factor
     zero._optimizer_step = step

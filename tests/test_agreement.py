@@ -1,4 +1,4 @@
-"""bench/agreement.py: it distinguishes an exact loss from a mean of means, and finds no difference where there is none."""
+"""bench/agreement.py: it separates an exact loss from a mean of means, and finds no difference where there is none."""
 
 import json
 import sys

@@ -3,15 +3,16 @@
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import datasets
@@ -19,13 +20,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import REPOSITORY, refused
+import torch.distributed as dist
+from conftest import refused
 from huggingface_hub import constants
 
 from common import data as data_module
 from common import token_cache
 from common.config import BaseConfig, DataConfig, ModelConfig
 from common.data import TokenizedRows, held_out_rows, load_rows, step_loader, tokenize, tokenized_rows
+from common.errors import UserError
+from common.launched import free_port
 from common.models import load_tokenizer
 
 TEXTS = [f"row {i}: " + "some words to learn " * (i % 7) for i in range(60)]
@@ -131,6 +135,9 @@ def test_whatever_tokens_depend_on_gives_another_entry(rows_file, tmp_path, made
     count = 2 + len(changes)
     assert count_of(base, seed=2) == count + 1
     assert count_of(base, tokenizer=tokenizer_of("llama")) == count + 2
+    used = tokenizer_of()
+    used(["a", "longer"], padding=True, truncation=True, max_length=2)  # which it remembers
+    assert count_of(base, tokenizer=used) == count + 2
     with_template = tokenizer_of()
     with_template.chat_template = with_template.chat_template + " "
     assert count_of(base, tokenizer=with_template) == count + 3
@@ -217,47 +224,49 @@ def test_only_the_owner_can_read_an_entry(rows_file, home):
     assert not list(home.glob(".writing-*"))
 
 
-# What a process prints: whether it tokenized the rows, and their fingerprint.
-PROCESS = """
-import sys, time
-from huggingface_hub import constants
-constants.HF_HOME = sys.argv[1]
-from common import data
-from common.config import DataConfig, ModelConfig
-from common.models import load_tokenizer
-tokenizer, load_rows, made = load_tokenizer(ModelConfig("tiny:qwen2")), data.load_rows, []
-def slow(*arguments):
-    made.append(1)
-    print("making", flush=True)
-    time.sleep(float(sys.argv[3]))
-    return load_rows(*arguments)
-data.load_rows = slow
-keys = dict(eval_rows=10, max_length=24, packing="none")
-rows, _ = data.tokenized_rows(DataConfig(name=sys.argv[2], **keys), 1, tokenizer, show_progress=True)
-print(len(made), rows.fingerprint())
-"""
+FORK = multiprocessing.get_context("fork")  # a fresh Python would import torch for seconds
 
 
-def process(home: Path, file: Path, seconds: float) -> subprocess.Popen:
-    arguments = [sys.executable, "-c", PROCESS, str(home.parent), str(file), str(seconds)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def tokenize_slowly(pipe, file: Path, seconds: float) -> None:
+    """Sends "making" if it tokenizes the rows, which then takes so long, and at its end their fingerprint."""
+
+    def slow(*arguments):
+        pipe.send("making")
+        time.sleep(seconds)
+        return load_rows(*arguments)
+
+    data_module.load_rows = slow
+    pipe.send(tokenized_rows(settings(file), 1, tokenizer_of())[0].fingerprint())
+
+
+def started(target, *arguments) -> tuple[multiprocessing.Process, Connection]:
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def all_of(pipe: Connection) -> list:
+    """What a process sends until its end."""
+    received = []
+    with contextlib.suppress(EOFError):
+        while pipe.poll(120):
+            received.append(pipe.recv())
+    return received
 
 
 def test_of_processes_at_once_one_makes_it_and_if_that_is_killed_another(rows_file, home):
-    first = process(home, rows_file, 600)
-    assert first.stdout.readline() == "making\n"  # it holds the lock now
-    others = [process(home, rows_file, 1) for _ in range(2)]
-    try:
-        time.sleep(8 if len(os.sched_getaffinity(0)) < 4 else 4)
-        assert all(other.poll() is None for other in others), "they wait"
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    ends = [other.communicate(timeout=120)[0].split() for other in others]
-    assert sorted(end[-2] for end in ends) == ["0", "1"], "one of them took over"
+    first, pipe = started(tokenize_slowly, rows_file, 600)
+    assert pipe.recv() == "making"  # it holds the lock now
+    others = [started(tokenize_slowly, rows_file, 0.1)[1] for _ in range(2)]
+    time.sleep(2)
+    assert not any(other.poll() for other in others), "they wait"
+    first.kill()
     expected = tokenized_rows(settings(rows_file), 1, tokenizer_of())[0].fingerprint()
-    assert {end[-1] for end in ends} == {expected}
+    received = [all_of(other) for other in others]
+    assert {messages[-1] for messages in received} == {expected}
+    assert sum(map(len, received)) <= 3, "one of them took over, or this process did"
     assert len(entries(home)) == 1
 
 
@@ -295,16 +304,13 @@ def test_an_error_in_the_rows_is_reported_and_nothing_is_kept(rows_file, home):
 
 def test_the_cache_is_bounded_and_spares_what_is_in_use(rows_file, home, monkeypatch):
     monkeypatch.setenv(token_cache.VARIABLE, "1e-6")  # less than any entry
-    mapped_elsewhere = process(home, rows_file, 0)
-    mapped_elsewhere.communicate(timeout=120)
+    all_of(started(tokenize_slowly, rows_file, 0)[1])  # which has it mapped no longer
     (first,) = entries(home)  # the only one is kept
     with contextlib.ExitStack() as until_read:
-        holder = multiprocessing.get_context("spawn").Process(target=hold, args=(first / "rows.json",), daemon=True)
-        holder.start()
+        holder, pipe = started(hold, first / "rows.json")
         until_read.callback(holder.join, 30)
         until_read.callback(holder.kill)
-        while not (first / "held").exists():
-            time.sleep(0.05)
+        assert pipe.recv() == "held"
         for length in (20, 21):
             tokenized_rows(settings(rows_file, max_length=length), 1, tokenizer_of())
         assert first in entries(home), "another process has it mapped"
@@ -326,12 +332,10 @@ def test_what_was_not_used_for_long_goes(rows_file, home):
     assert old.exists() and not any(path.exists() for path in left)
 
 
-def hold(index: Path) -> None:
-    import fcntl
-
+def hold(pipe, index: Path) -> None:
     with index.open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        (index.parent / "held").touch()
+        pipe.send("held")
         time.sleep(600)
 
 
@@ -346,33 +350,25 @@ def test_the_size_of_the_cache_is_a_number_and_0_keeps_none(rows_file, home, mad
             tokenized_rows(settings(rows_file), 1, tokenizer_of())
 
 
-RANK = """
-import os, sys, datetime, time
-import torch.distributed as dist
-from common import token_cache
-from common.errors import UserError
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
-rank, how = dist.get_rank(), sys.argv[1]
-if rank:
-    time.sleep(5)  # longer than a collective waits
-try:
-    token_cache.wait_for_all_ranks(succeeded=how == "made" or not rank)
-    print("together")
-except UserError as error:
-    print(error)
-"""
+def join_and_wait(pipe, rank: int, port: int, how: str) -> None:
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+    if rank:
+        time.sleep(3)  # longer than a collective waits
+    try:
+        token_cache.wait_for_all_ranks(succeeded=how == "made" or not rank)
+        pipe.send("together")
+    except UserError as error:
+        pipe.send(str(error))
+    pipe.recv()  # rank 0 has the store
 
 
 @pytest.mark.parametrize("how", ["made", "failed"])
 def test_ranks_wait_for_a_slow_machine_and_notice_one_that_failed(how):
-    from common.launched import free_port
-
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2",
-                                "MASTER_PORT": str(free_port())}  # fmt: skip
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, how], env=environment | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
-    assert printed[0] == ("together" if how == "made" else "rank 1 could not load its rows: its own message says why")
+    port = free_port()
+    ranks = [started(join_and_wait, rank, port, how) for rank in range(2)]
+    said = "together" if how == "made" else "rank 1 could not load its rows: its own message says why"
+    assert [pipe.recv() for _, pipe in ranks] == [said, "together"]
+    for process, pipe in ranks:
+        pipe.send("end")
+        process.join(30)
