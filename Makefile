@@ -110,7 +110,11 @@ record-notebooks: .venv/ready .venv-foundry/ready ## execute all notebooks on th
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then config=$$PWD/bench/tasks/pydoc.yaml; fi
 	for folder in */notebooks; do
 	  [[ $$folder = deepspeed-offload/* ]] && export NPROC_PER_NODE=1 || export NPROC_PER_NODE=$$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
-	  more=(); if [[ $$folder = ray-tune/* && $$config = /* ]]; then more=("search.space.learning_rate.log_uniform=[5e-5,1e-3]"); fi
+	  more=()
+	  case $$config:$$folder in
+	    /*:ray-tune/*) more=("search.space.learning_rate.log_uniform=[5e-5,1e-3]") ;;
+	    /*:deepspeed-offload/*) more=(train.micro_batch_size=32) ;; # each micro-batch sends its gradients to the host
+	  esac
 	  python -m tools.notebook_record $$folder/train.py --config $$config checkpoint.resume=never "$${more[@]}"
 	  python -m tools.notebook_record $$folder/eval.py --config $$config "$${more[@]}"
 	done
