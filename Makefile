@@ -61,14 +61,14 @@ demo-real: .venv/ready ## the same with a real model, SmolLM2-135M: on GPUs, or 
 # One worker more than cores: a run waits now and then, for a port or a stop. LLM Foundry's environment is built
 # meanwhile; its tests come late, and wait for it.
 .PHONY: test
-test: .venv/ready lint ## everything: real launchers, trackers, Hub client, kill and resume; 20 minutes on two cores
+test: .venv/ready lint ## everything: real launchers, trackers, Hub client, kill and resume; 26 minutes on two cores
 	@$(RUN) trap 'kill $$(jobs -p) 2>/dev/null || true' EXIT
 	llm-foundry-finetune/build_environment.sh &
 	python -m pytest tests --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) $(PYTEST)
 
 .PHONY: test-fast
 test-fast: .venv/ready ## what needs no launcher: a minute
-	@$(RUN) python -m pytest tests -m "not slow" --numprocesses logical --maxprocesses 4 $(PYTEST)
+	@$(RUN) python -m pytest tests -m "not slow" --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) $(PYTEST)
 
 .PHONY: lint
 lint: .venv/ready ## ruff, types, shell scripts, spelling, links; whether tables, plots and notebooks are up to date

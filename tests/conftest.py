@@ -38,8 +38,8 @@ def pytest_configure(config):
 
 # Seconds on two cores (pytest --durations=0). The longest files come first, so that no worker is left with one at the
 # end; LLM Foundry's later, since its environment may still be being built.
-LONGEST_FIRST = ("test_ray_train", "test_notebooks", "test_tune", "test_pipeline", "test_fsdp", "test_offload",
-                 "test_foundry", "test_ddp", "test_ddp_hub", "test_launchers")  # fmt: skip
+LONGEST_FIRST = ("test_ray_train", "test_notebooks", "test_pipeline", "test_tune", "test_fsdp", "test_offload",
+                 "test_foundry", "test_ddp", "test_packing", "test_ddp_hub", "test_launchers")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -196,6 +196,7 @@ def test_what_training_does_not_change_is_kept_byte_for_byte(kind, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_an_export_imports_no_training_framework(tmp_path):
     code = (
         "import gc, sys; gc.disable(); from pathlib import Path; from common.config import ModelConfig\n"

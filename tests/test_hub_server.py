@@ -86,6 +86,7 @@ def asked(hub: HubServer, ending: str) -> list[tuple[str, int]]:
 # ---- models and datasets
 
 
+@pytest.mark.slow
 def test_model_and_tokenizer_survive_the_round_trip(hub, client, tmp_path):
     """A model pushed by one process gives the same logits, and its tokenizer the same ids, in another one."""
     code = """

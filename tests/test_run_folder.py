@@ -274,6 +274,7 @@ def on_a_full_disk(tmp_path_factory) -> dict:
     return json.loads(done.stdout.rpartition("found ")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_full_disk_is_one_line_and_leaves_whole_files(on_a_full_disk, moment):
     error, files, metrics, printed, status = on_a_full_disk[moment]

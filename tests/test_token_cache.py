@@ -256,6 +256,7 @@ def all_of(pipe: Connection) -> list:
     return received
 
 
+@pytest.mark.slow
 def test_of_processes_at_once_one_makes_it_and_if_that_is_killed_another(rows_file, home):
     first, pipe = started(tokenize_slowly, rows_file, 600)
     assert pipe.recv() == "making"  # it holds the lock now
@@ -363,6 +364,7 @@ def join_and_wait(pipe, rank: int, port: int, how: str) -> None:
     pipe.recv()  # rank 0 has the store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["made", "failed"])
 def test_ranks_wait_for_a_slow_machine_and_notice_one_that_failed(how):
     port = free_port()
