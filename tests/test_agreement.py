@@ -20,6 +20,7 @@ def test_a_mean_of_means_is_found_out_and_equal_targets_hide_it(monkeypatch, cap
     assert max(distances("--equal", "--only", "ddp")) < 1e-4
 
 
+@pytest.mark.slow
 def test_rows_of_the_control_have_equally_many_targets(tmp_path):
     agreement.prepare(tmp_path, equal=True)
     rows = json.loads((tmp_path / "rows.json").read_text())

@@ -612,6 +612,7 @@ def test_a_folder_s_files_are_its_splits_as_written(tmp_path):
         read("train[:5x]")
 
 
+@pytest.mark.slow
 def test_text_is_utf8_and_rows_are_the_same_in_any_locale_and_hash_seed(tmp_path):
     path = written(tmp_path / "rows.csv", [{"text": f"é{i} 中"} for i in range(9)])
     script = (
