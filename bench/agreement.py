@@ -201,7 +201,7 @@ def deepspeed_engine(folder: Path) -> None:
 
 
 def deepspeed_pipeline(folder: Path) -> None:
-    """DeepSpeed's PipelineModule, a stage on each rank: modules in a row, a loss of a micro-batch, `train_batch`."""
+    """DeepSpeed's PipelineModule, one stage per rank: a list of modules, their mean loss, `train_batch`."""
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 

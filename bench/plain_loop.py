@@ -58,7 +58,7 @@ def train(config: Path, settings: list[str], seed: int | None = None) -> dict:
 
     losses, norms, before = [], [], evaluate()
     for indices in steps:
-        chosen = [document for i in indices for document in documents_of(rows[i])]  # packed ones each by itself
+        chosen = [document for i in indices for document in documents_of(rows[i])]  # packed documents one by one
         targets = sum(row["labels"][1:].ne(IGNORE).sum().item() for row in chosen)
         total = 0.0
         for start in range(0, len(chosen), cfg.train.micro_batch_size):

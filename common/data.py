@@ -316,7 +316,7 @@ def cached_rows(
         rows = tokenize(training, data, tokenizer, show_progress=shown)
         return {"training": rows, "held_out": tokenize(held_out, data, tokenizer, packing="none")}
 
-    identity = None  # a slow tokenizer does not say what it is
+    identity = None  # a slow tokenizer has no serialized form to digest
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         for of_the_last_call in ("padding", "truncation"):

@@ -273,7 +273,7 @@ def test_of_processes_at_once_one_makes_it_and_if_that_is_killed_another(rows_fi
 
 def test_a_cache_that_cannot_be_written_costs_one_warning(rows_file, home, made, capsys):
     expected = tokenize(load_rows(settings(rows_file), 1)[0], settings(rows_file), tokenizer_of()).fingerprint()
-    home.parent.write_text("a file where the folder should be")  # root may write to what is read-only
+    home.parent.write_text("a file where the folder should be")  # root can write to read-only folders
     for is_main in (True, False):
         rows, _ = tokenized_rows(settings(rows_file), 1, tokenizer_of(), show_progress=is_main)
         assert rows.fingerprint() == expected

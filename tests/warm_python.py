@@ -104,7 +104,7 @@ def client(arguments: list[str]) -> None:
     is_module = len(command) > 1 and command[0] in ("-m", "-c")
     is_script = bool(command) and command[0].endswith(".py")
     if is_script and "site-packages" in command[0] and RAY_WORKER not in command[0]:
-        is_script = False  # a library's own, which imports little: py-cpuinfo asks for the CPU's name so
+        is_script = False  # a library's own, such as py-cpuinfo's: it imports little
     if not (is_module or is_script):
         os.execve(os.environ["WARM_PYTHON"], [os.environ["WARM_PYTHON"], *arguments], environment)
     connection = connect(import_list(command, environment), environment)
